@@ -1,0 +1,204 @@
+"""Settings of engine, cache and scheduler: TOML file < LLMTOOL_* environment < flags.
+
+Flag names are vLLM's where it has one. An unknown key is an error. `resolve` merges the three sources;
+`as_dict` is what `--print-config` shows.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from llmtool.errors import UsageError
+
+T = TypeVar("T")
+ENV_PREFIX = "LLMTOOL_"
+# Variables with the prefix that are not settings.
+ENV_RESERVED = {"LLMTOOL_DEBUG", "LLMTOOL_DATA", "LLMTOOL_CACHE", "LLMTOOL_API_KEY", "LLMTOOL_LOG_LEVEL"}
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """max_num_batched_tokens: token budget of a step. max_waiting: queue limit, beyond it requests are refused.
+    max_model_len: prompt + output tokens of one sequence. policy: fcfs | priority. preemption: recompute | swap.
+    """
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_model_len: int = 2048
+    max_waiting: int = 1024
+    policy: str = "fcfs"
+    preemption: str = "recompute"
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_waiting < 0:
+            raise UsageError(f"max_waiting must be at least 0, not {self.max_waiting}.")
+        if self.policy not in ("fcfs", "priority"):
+            raise UsageError(f"policy must be fcfs or priority, not {self.policy!r}.")
+        if self.preemption not in ("recompute", "swap"):
+            raise UsageError(f"preemption must be recompute or swap, not {self.preemption!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything `serve` and in-process `bench` need to start an engine.
+
+    model: HF directory, hub id, GGUF file or alias. dtype: auto | float32 | bfloat16 | float16.
+    max_model_len: None takes the model's own, shortened to what the KV memory holds. block_size: tokens per page.
+    gpu_memory_utilization: part of the device's memory the engine may take (weights, activations, KV).
+    kv_cache_memory_bytes: exact KV memory, instead. swap_space_bytes: host memory for swapped pages.
+    step_log: JSONL file to record every decision in, or None.
+    """
+
+    model: str = "smollm2-135m"
+    served_model_name: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    load_format: str = "auto"  # auto | dummy (random weights, for benchmarks)
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int | None = None
+    max_waiting: int = 1024
+    block_size: int = 16
+    scheduling_policy: str = "fcfs"
+    preemption: str = "recompute"
+    enable_prefix_caching: bool = True
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    swap_space_bytes: int = 0
+    num_threads: int | None = None
+    seed: int = 0
+    step_log: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise UsageError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}.")
+        if self.load_format not in ("auto", "dummy"):
+            raise UsageError(f"load_format must be auto or dummy, not {self.load_format!r}.")
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise UsageError(f"gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}.")
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise UsageError(f"block_size must be a power of two, not {self.block_size}.")
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise UsageError(f"max_model_len must be at least 1, not {self.max_model_len}.")
+        if self.swap_space_bytes < 0:
+            raise UsageError(f"swap_space_bytes must be at least 0, not {self.swap_space_bytes}.")
+        # Bad scheduler settings should fail here, before a model is loaded.
+        self.scheduler(self.max_model_len or 1)
+
+    def scheduler(self, max_model_len: int) -> SchedulerConfig:
+        return SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=512 if self.max_num_batched_tokens is None else self.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_waiting=self.max_waiting,
+            policy=self.scheduling_policy,
+            preemption=self.preemption,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """HTTP side of `serve`. max_body_bytes: larger requests get a 413. drain_seconds: grace after SIGTERM."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    allowed_origins: tuple[str, ...] = field(default_factory=tuple)
+    max_body_bytes: int = 32 * 2**20
+    drain_seconds: float = 30.0
+    metrics_compat: str = "vllm"  # vllm: also under vLLM's names | none
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise UsageError(f"port must be between 0 and 65535, not {self.port}.")
+        if self.metrics_compat not in ("vllm", "none"):
+            raise UsageError(f"metrics_compat must be vllm or none, not {self.metrics_compat!r}.")
+
+
+def resolve(
+    cls: type[T],
+    flags: Mapping[str, Any],
+    config_file: str | Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    other_keys: frozenset[str] = frozenset(),
+) -> T:
+    """An instance of the settings dataclass `cls` from file < environment < flags (a flag of None is not given).
+
+    other_keys: keys of the file and environment that belong to another dataclass. Raises UsageError on an
+    unknown key, an unreadable file or a value of the wrong type.
+    """
+    names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for source, given in (("the configuration file", read_toml(config_file)), ("the environment", from_env(environ))):
+        for key, value in given.items():
+            if key in names:
+                values[key] = coerce(key, value, hints[key])
+            elif key not in other_keys:
+                raise UsageError(
+                    f"Unknown setting {key!r} in {source}.", f"Known settings: {', '.join(sorted(names | other_keys))}."
+                )
+    values.update({k: v for k, v in flags.items() if v is not None and k in names})
+    return cls(**values)
+
+
+def read_toml(path: str | Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        with Path(path).open("rb") as f:
+            data = tomllib.load(f)
+    except FileNotFoundError:
+        raise UsageError(f"The configuration file {path} does not exist.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"The configuration file {path} is not valid TOML: {e}.") from None
+    return {k.replace("-", "_"): v for k, v in data.items()}
+
+
+def from_env(environ: Mapping[str, str] | None) -> dict[str, str]:
+    environ = os.environ if environ is None else environ
+    return {
+        k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX) and k not in ENV_RESERVED
+    }
+
+
+def coerce(key: str, value: Any, hint: Any) -> Any:
+    """`value` (from TOML or an environment string) as the field's type; UsageError when it does not fit."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None or (value == "" and type(None) in options):
+        return None
+    for option in options:
+        try:
+            if option is bool:
+                if isinstance(value, bool):
+                    return value
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+            if option in (int, float) and not isinstance(value, bool):
+                return option(value)
+            if option is str and isinstance(value, str):
+                return value
+            if get_origin(option) is tuple:
+                return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+    raise UsageError(f"Setting {key!r} cannot be {value!r}.")
+
+
+def as_dict(*configs: Any) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for config in configs:
+        merged |= asdict(config)
+    return merged
+

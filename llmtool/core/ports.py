@@ -1,0 +1,153 @@
+"""The seams of the core: what a step is, who executes it, who tells the time, what it costs.
+
+`serve` plugs in a torch executor and the real clock, `plan` and `bench --simulate` a cost model and a virtual
+clock, tests and replays recorded results. The core never sees tensors, devices or files.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from llmtool.core.request import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy:
+    """Copy one page; src and dst are table entries (offsets in UNIT bytes) in the memories the list implies."""
+
+    src: int
+    dst: int
+
+
+@dataclass(slots=True)
+class NewRequest:
+    """A sequence the executor has not seen, or has dropped: everything it must know about it.
+
+    token_ids: every token known so far, prompt and output. tables: one per KV group, the whole block table.
+    """
+
+    id: str
+    token_ids: Sequence[int]
+    num_prompt_tokens: int
+    params: SamplingParams
+    seed: int
+    tables: Sequence[Sequence[int]]
+
+
+@dataclass(slots=True)
+class ScheduledRequest:
+    """Work of one step for one sequence: compute KV of positions [start, start + num_tokens).
+
+    new_token_ids: tokens appended since the executor last heard of this sequence (usually the one it sampled).
+    new_pages: per KV group, table entries to append; table_edits: (group, index, entry) to overwrite, as
+    copy-on-write does. sample: the last position's logits are to be sampled.
+    """
+
+    id: str
+    start: int
+    num_tokens: int
+    sample: bool
+    new_token_ids: Sequence[int] = ()
+    new_pages: Sequence[Sequence[int]] = ()
+    table_edits: Sequence[tuple[int, int, int]] = ()
+
+
+@dataclass(slots=True)
+class SchedulerOutput:
+    """One step's decisions. An executor applies them in the order of the fields."""
+
+    step_id: int
+    finished: list[str] = field(default_factory=list)  # forget these sequences
+    swap_out: list[PageCopy] = field(default_factory=list)  # device -> host
+    swap_in: list[PageCopy] = field(default_factory=list)  # host -> device
+    copies: list[PageCopy] = field(default_factory=list)  # device -> device, copy-on-write
+    new: list[NewRequest] = field(default_factory=list)
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)  # decided in this step; for logs and metrics
+    num_tokens: int = 0  # sum over scheduled
+
+    @property
+    def empty(self) -> bool:
+        """True when there is nothing to execute, not even a page to move or a sequence to forget."""
+        return not (self.scheduled or self.finished or self.swap_out or self.swap_in or self.copies)
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced.
+
+    tokens: parallel to SchedulerOutput.scheduled, the sampled tokens ([] where sample was False).
+    logprobs: for sequences that asked, one per sampled token. prompt_logprobs: for sequences that asked, of the
+    positions this step computed: logprobs of tokens [start + 1, start + num_tokens], last one only if known.
+    errors: sequences that failed, with a sentence; they are finished with FinishReason.ERROR.
+    """
+
+    step_id: int
+    tokens: list[list[int]]
+    logprobs: Mapping[str, Sequence[TokenLogprob]] = field(default_factory=dict)
+    prompt_logprobs: Mapping[str, Sequence[TokenLogprob]] = field(default_factory=dict)
+    errors: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Executor(Protocol):
+    """Runs steps in submission order; up to `max_in_flight` submitted and not yet collected."""
+
+    max_in_flight: int
+
+    def submit(self, out: SchedulerOutput) -> None: ...
+
+    def collect(self) -> StepResult:
+        """The oldest submitted step's result; blocks until it is there."""
+        ...
+
+
+class Clock(Protocol):
+    def now(self) -> float:
+        """Seconds, monotonic, from an arbitrary origin."""
+        ...
+
+    def elapse(self, seconds: float) -> None:
+        """A step took this long. The real clock has seen it already; a virtual one moves."""
+        ...
+
+    def wait_until(self, moment: float) -> None:
+        """Nothing to do before `moment`."""
+        ...
+
+
+class RealClock:
+    def now(self) -> float:
+        return time.monotonic()
+
+    def elapse(self, seconds: float) -> None:
+        pass
+
+    def wait_until(self, moment: float) -> None:
+        time.sleep(max(0.0, moment - time.monotonic()))
+
+
+class VirtualClock:
+    def __init__(self, start: float = 0.0) -> None:
+        self._now = start
+
+    def now(self) -> float:
+        return self._now
+
+    def elapse(self, seconds: float) -> None:
+        assert seconds >= 0
+        self._now += seconds
+
+    def wait_until(self, moment: float) -> None:
+        self._now = max(self._now, moment)
+
+
+class StepCost(Protocol):
+    """How long a step takes, without running it."""
+
+    def seconds(self, num_tokens: int, kv_tokens: int, num_requests: int) -> float:
+        """num_tokens: batched tokens; kv_tokens: context tokens read by attention, summed over requests."""
+        ...
