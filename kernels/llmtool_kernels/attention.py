@@ -1,0 +1,198 @@
+"""Paged attention in torch: the reference of every faster kernel, and what runs on CPU.
+
+The KV arena is one flat uint8 tensor. A block-table entry is an offset into it in units of `UNIT` bytes, so that
+pages of different sizes share the arena. Inside a page a layer starts at `KVLayout.layer_offset` bytes and stores
+K of all slots, then V of all slots: K[slot, head, dim], V[slot, head, dim].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtool_kernels.attention_plan import AttentionWork, plan_step
+
+UNIT = 512  # bytes; the same number as llmtool.core.memory.geometry.UNIT, which kernels must not import
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Where one layer's KV lies inside a page. layer_offset: bytes from the start of the page."""
+
+    layer_offset: int
+    tokens_per_page: int
+    num_kv_heads: int
+    k_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(slots=True)
+class AttentionBatch:
+    """One step's sequences in one KV group: S sequences, N new tokens in all, in the order of the sequences.
+
+    query_start: int32 [S+1], sequence s owns rows query_start[s]:query_start[s+1] of q.
+    seq_lens: int32 [S], tokens of each sequence including this step's.
+    block_tables: int32 [S, W], page offsets in units; entries past a sequence's pages are never read.
+    token_units, token_slots: int64 [N], page offset and slot that take each new token's KV.
+    query_lens, kv_lens: the same lengths on the host, so that planning a step never waits for a device.
+    """
+
+    query_start: Tensor
+    seq_lens: Tensor
+    block_tables: Tensor
+    token_units: Tensor
+    token_slots: Tensor
+    query_lens: Sequence[int]
+    kv_lens: Sequence[int]
+    # The step's work, made by the first layer that asks and shared by all layers alike in these three.
+    _plans: dict[tuple[int | None, int, torch.dtype], list[AttentionWork]] = field(
+        default_factory=dict, init=False
+    )
+
+    @classmethod
+    def build(
+        cls,
+        query_lens: Sequence[int],
+        kv_lens: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        tokens_per_page: int,
+        device: torch.device | str = "cpu",
+    ) -> AttentionBatch:
+        """The batch in which the last query_lens[s] of kv_lens[s] tokens of sequence s are new; tables in units."""
+        width = max((len(table) for table in tables), default=0)
+        padded = [[*table, *[0] * (width - len(table))] for table in tables]
+        block_tables = torch.tensor(padded, dtype=torch.int32).view(len(tables), width)
+        units, slots = [], []
+        for n, total, table in zip(query_lens, kv_lens, tables, strict=True):
+            units += [table[p // tokens_per_page] for p in range(total - n, total)]
+            slots += [p % tokens_per_page for p in range(total - n, total)]
+        return cls(
+            query_start=torch.tensor([0, *accumulate(query_lens)], dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(list(kv_lens), dtype=torch.int32, device=device),
+            block_tables=block_tables.to(device),
+            token_units=torch.tensor(units, dtype=torch.int64, device=device),
+            token_slots=torch.tensor(slots, dtype=torch.int64, device=device),
+            query_lens=query_lens,
+            kv_lens=kv_lens,
+        )
+
+    def work(self, window: int | None, tokens_per_page: int, dtype: torch.dtype) -> list[AttentionWork]:
+        """What `paged_attention` runs for this step; dtype is that of the additive masks."""
+        key = (window, tokens_per_page, dtype)
+        if key not in self._plans:
+            self._plans[key] = plan_step(
+                self.query_lens, self.kv_lens, self.block_tables, window, tokens_per_page, dtype
+            )
+        return self._plans[key]
+
+
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    arena: Tensor,
+    layout: KVLayout,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of a step's new tokens over their sequences' paged KV, the new KV included.
+
+    q: [N, Hq, Dk]; k: [N, Hkv, Dk]; v: [N, Hkv, Dv], all of the arena's element type; Hq is a multiple of Hkv.
+    window: a token sees itself and the window - 1 before it; None sees all. Returns [N, Hq, Dv].
+    All new KV is written before anything is read: a sequence may read pages another one fills in this step.
+    """
+    write_kv(k, v, arena, layout, batch)
+    num_tokens, num_heads, _ = q.shape
+    out = q.new_empty(num_tokens, num_heads, layout.v_head_dim)
+    k_pages, v_pages = page_rows(arena, layout, k.dtype)
+    for work in batch.work(window, layout.tokens_per_page, q.dtype):
+        keys = _gather(k_pages, work, layout.num_kv_heads)  # [s, L, Hkv, Dk]
+        values = _gather(v_pages, work, layout.num_kv_heads)
+        out[work.rows] = _attend(q[work.rows], keys, values, work, scale)
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, arena: Tensor, layout: KVLayout, batch: AttentionBatch) -> None:
+    """Store the new tokens' k [N, Hkv, Dk] and v [N, Hkv, Dv] at their pages and slots."""
+    for new, pages in zip((k, v), page_rows(arena, layout, k.dtype), strict=True):
+        slots = pages.unflatten(1, (layout.tokens_per_page, -1))  # [U, slot, Hkv * D]
+        slots[batch.token_units, batch.token_slots] = new.flatten(1)
+
+
+def page_rows(arena: Tensor, layout: KVLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One layer's K [U, T * Hkv * Dk] and V [U, T * Hkv * Dv], row u being what a page at unit u would hold.
+
+    Rows overlap: their stride is a unit, not a page. Only rows that lie inside the arena exist.
+    """
+    elements = arena.view(dtype)
+    unit = UNIT // dtype.itemsize
+    per_head = layout.tokens_per_page * layout.num_kv_heads
+    k_width, v_width = per_head * layout.k_head_dim, per_head * layout.v_head_dim
+    start = layout.layer_offset // dtype.itemsize
+    units = (elements.numel() - start - k_width - v_width) // unit + 1
+    return (
+        elements.as_strided((units, k_width), (unit, 1), start),
+        elements.as_strided((units, v_width), (unit, 1), start + k_width),
+    )
+
+
+def copy_pages(
+    arena_dst: Tensor, arena_src: Tensor, pairs: Sequence[tuple[int, int]], page_bytes: int
+) -> None:
+    """Copy pages between arenas, or inside one: copy-on-write and swap. pairs: (source, destination) in units.
+
+    Sources are read before any destination is written, as if all copies happened at once.
+    """
+    if not pairs:
+        return
+    index = torch.tensor(pairs, dtype=torch.int64).T  # [2, P]
+    src, dst = (_page_words(arena, page_bytes) for arena in (arena_src, arena_dst))
+    pages = src.index_select(0, index[0].to(src.device))
+    dst[index[1].to(dst.device)] = pages.to(dst.device)
+
+
+def _page_words(arena: Tensor, page_bytes: int) -> Tensor:
+    """int64 [U, page_bytes / 8], row u being the page at unit u: eight bytes at a time copy fastest."""
+    words = arena.view(torch.int64)
+    unit, width = UNIT // 8, page_bytes // 8
+    return words.as_strided(((words.numel() - width) // unit + 1, width), (unit, 1))
+
+
+def _gather(pages: Tensor, work: AttentionWork, num_kv_heads: int) -> Tensor:
+    """[s, L, Hkv, D] of the pages a piece of work reads. index_select copies whole pages with memcpy."""
+    rows = pages.index_select(0, work.units.view(-1))
+    kv = rows.view(work.num_seqs, work.padded_len, num_kv_heads, -1)[:, : work.length]
+    if work.stale is not None:
+        # Slots no token of this sequence wrote may hold NaN, which no additive mask hides.
+        kv[work.stale] = 0
+    return kv
+
+
+def _attend(q: Tensor, keys: Tensor, values: Tensor, work: AttentionWork, scale: float) -> Tensor:
+    """q [R, Hq, Dk] over keys [s, L, Hkv, Dk] -> [R, Hq, Dv], R = s (one query each) or s = 1 (a chunk of R).
+
+    K and V are never repeated for the query heads of a group: for single queries the group's heads become query
+    rows, for a chunk they become a batch over which K and V are broadcast.
+    """
+    num_kv_heads = keys.shape[2]
+    grouped = q.unflatten(1, (num_kv_heads, -1))  # [R, Hkv, G, Dk]
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)  # [s, Hkv, L, D]
+    if not work.chunk:
+        out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=work.mask, scale=scale)
+        return out.flatten(1, 2)
+    group = grouped.shape[2]
+    out = F.scaled_dot_product_attention(
+        grouped.permute(2, 1, 0, 3),  # [G, Hkv, R, Dk]
+        keys.expand(group, -1, -1, -1),
+        values.expand(group, -1, -1, -1),
+        attn_mask=work.mask,
+        is_causal=work.causal,
+        scale=scale,
+    )
+    return out.permute(2, 1, 0, 3).flatten(1, 2)

@@ -1,0 +1,157 @@
+"""How a step's attention is cut into pieces of dense work: lengths on the host in, index tensors out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Beyond this many gathered tokens one bucket falls out of the CPU's caches and costs more than two.
+MAX_BUCKET_TOKENS = 16384
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWork:
+    """One dense call: s sequences with one query each (chunk False), or one sequence with R queries (chunk True).
+
+    rows: int64 [R], rows of q. units: int64 [s, w], the pages read, in order. length: tokens kept of the
+    padded_len = w * tokens_per_page gathered. mask: additive, [s, 1, 1, length] or [R, length], None if all is
+    seen, or causal says it. stale: (sequence, position) indices of gathered slots that are not the sequence's.
+    """
+
+    rows: Tensor
+    units: Tensor
+    padded_len: int
+    length: int
+    chunk: bool
+    mask: Tensor | None
+    causal: bool
+    stale: tuple[Tensor, Tensor] | None
+
+    @property
+    def num_seqs(self) -> int:
+        return self.units.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """What one sequence reads: pages [first_page, first_page + num_pages), up to token kv_len."""
+
+    sequence: int
+    row: int  # its first row of q
+    query_len: int
+    kv_len: int
+    first_page: int
+    num_pages: int
+
+
+def plan_step(
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    block_tables: Tensor,
+    window: int | None,
+    tokens_per_page: int,
+    dtype: torch.dtype,
+) -> list[AttentionWork]:
+    """The work of one step for all layers with this window. block_tables: int32 [S, W], in units."""
+    single, chunks, row = [], [], 0
+    for s, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
+        assert 0 <= query_len <= kv_len, f"sequence {s}: {query_len} new of {kv_len} tokens"
+        oldest = 0 if window is None else max(0, kv_len - query_len + 1 - window)
+        first = oldest // tokens_per_page
+        span = _Span(s, row, query_len, kv_len, first, -(-kv_len // tokens_per_page) - first)
+        row += query_len
+        if query_len:
+            (single if query_len == 1 else chunks).append(span)
+    work = [
+        _bucket_work(bucket, block_tables, window, tokens_per_page, dtype)
+        for bucket in _buckets(single, tokens_per_page)
+    ]
+    return work + [_chunk_work(span, block_tables, window, tokens_per_page, dtype) for span in chunks]
+
+
+def _buckets(spans: list[_Span], tokens_per_page: int) -> Iterator[list[_Span]]:
+    """Spans of similar length together, so that at most a fifth of what a bucket reads is padding."""
+    ordered = sorted(spans, key=lambda span: -span.num_pages)
+    bucket: list[_Span] = []
+    for span in ordered:
+        if bucket:
+            longest = bucket[0].num_pages
+            full = (len(bucket) + 1) * longest * tokens_per_page > MAX_BUCKET_TOKENS
+            if full or longest - span.num_pages > max(1, longest // 5):
+                yield bucket
+                bucket = []
+        bucket.append(span)
+    if bucket:
+        yield bucket
+
+
+def _bucket_work(
+    spans: list[_Span], block_tables: Tensor, window: int | None, tokens_per_page: int, dtype: torch.dtype
+) -> AttentionWork:
+    device = block_tables.device
+    num_pages = max(span.num_pages for span in spans)
+    column = torch.tensor([[s.sequence, s.first_page, s.num_pages, s.kv_len, s.row] for s in spans])
+    sequence, first_page, pages, kv_len, rows = column.T.to(device)[:, :, None]  # each [s, 1]
+    # Past its own pages a sequence re-reads its last one: valid memory, and masked like all of its tail.
+    page = first_page + torch.minimum(torch.arange(num_pages, device=device), pages - 1)
+    units = block_tables[sequence, page].long()
+    base = first_page * tokens_per_page
+    length = max(span.kv_len - span.first_page * tokens_per_page for span in spans)
+    position = base + torch.arange(length, device=device)  # [s, length]
+    beyond = position >= kv_len
+    hidden = beyond if window is None else beyond | (position < kv_len - window)
+    uneven = any(span.kv_len - span.first_page * tokens_per_page != length for span in spans)
+    masked = uneven or (
+        window is not None and any(s.kv_len - window > s.first_page * tokens_per_page for s in spans)
+    )
+    return AttentionWork(
+        rows=rows[:, 0],
+        units=units,
+        padded_len=num_pages * tokens_per_page,
+        length=length,
+        chunk=False,
+        mask=_additive(hidden, dtype)[:, None, None] if masked else None,
+        causal=False,
+        stale=_indices(beyond) if uneven else None,
+    )
+
+
+def _chunk_work(
+    span: _Span, block_tables: Tensor, window: int | None, tokens_per_page: int, dtype: torch.dtype
+) -> AttentionWork:
+    device = block_tables.device
+    rows = torch.arange(span.row, span.row + span.query_len, device=device)
+    base = span.first_page * tokens_per_page
+    length = span.kv_len - base
+    causal = span.query_len == span.kv_len and (window is None or span.kv_len <= window)
+    mask = None
+    if not causal:
+        query = torch.arange(span.kv_len - span.query_len, span.kv_len, device=device)[:, None]
+        key = torch.arange(base, span.kv_len, device=device)
+        hidden = key > query
+        if window is not None:
+            hidden |= key <= query - window
+        mask = _additive(hidden, dtype)
+    last_page = span.first_page + span.num_pages
+    return AttentionWork(
+        rows=rows,
+        units=block_tables[span.sequence, span.first_page : last_page].long()[None],
+        padded_len=span.num_pages * tokens_per_page,
+        length=length,
+        chunk=True,
+        mask=mask,
+        causal=causal,
+        stale=None,
+    )
+
+
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+
+
+def _indices(mask: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = mask.nonzero(as_tuple=True)
+    return rows, columns
