@@ -94,8 +94,8 @@ class ModelSpec:
     def from_config(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelSpec:
         """The spec that a parsed config.json describes, in the spelling of transformers 4 or 5.
 
-        generation: a parsed generation_config.json, for its end tokens. Raises ModelError for an architecture or
-        feature that does not run, or a field that is missing or makes no sense.
+        generation: a parsed generation_config.json, for its end tokens. Raises ModelError for an architecture
+        or feature that does not run, or a field that is missing or makes no sense.
         """
         return _Reader(config).spec(generation or {})
 
@@ -262,9 +262,10 @@ class _Reader:
             return tuple(None if i < full else size for i in range(layers))
         unknown = set(types) - {"full_attention", "sliding_attention"}
         if unknown or len(types) != layers:
+            found = f"{len(types)} entries" + (f" with {', '.join(sorted(unknown))}" if unknown else "")
             raise ModelError(
-                f"config.json: layer_types must name full_attention or sliding_attention for each of {layers} layers, "
-                f"and has {len(types)} entries{' with ' + ', '.join(sorted(unknown)) if unknown else ''}."
+                f"config.json: layer_types must name full_attention or sliding_attention for each of the "
+                f"{layers} layers, and has {found}."
             )
         return tuple(size if kind == "sliding_attention" else None for kind in types)
 

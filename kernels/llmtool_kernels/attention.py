@@ -1,8 +1,8 @@
 """Paged attention in torch: the reference of every faster kernel, and what runs on CPU.
 
-The KV arena is one flat uint8 tensor. A block-table entry is an offset into it in units of `UNIT` bytes, so that
-pages of different sizes share the arena. Inside a page a layer starts at `KVLayout.layer_offset` bytes and stores
-K of all slots, then V of all slots: K[slot, head, dim], V[slot, head, dim].
+The KV arena is one flat uint8 tensor. A block-table entry is an offset into it in units of `UNIT` bytes, so
+that pages of different sizes share it. Inside a page a layer starts at `KVLayout.layer_offset` bytes and
+stores K of all slots, then V of all slots: K[slot, head, dim], V[slot, head, dim].
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class AttentionBatch:
         tokens_per_page: int,
         device: torch.device | str = "cpu",
     ) -> AttentionBatch:
-        """The batch in which the last query_lens[s] of kv_lens[s] tokens of sequence s are new; tables in units."""
+        """The batch where the last query_lens[s] of kv_lens[s] tokens are new; tables in units."""
         width = max((len(table) for table in tables), default=0)
         padded = [[*table, *[0] * (width - len(table))] for table in tables]
         block_tables = torch.tensor(padded, dtype=torch.int32).view(len(tables), width)
@@ -103,9 +103,9 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of a step's new tokens over their sequences' paged KV, the new KV included.
 
-    q: [N, Hq, Dk]; k: [N, Hkv, Dk]; v: [N, Hkv, Dv], all of the arena's element type; Hq is a multiple of Hkv.
-    window: a token sees itself and the window - 1 before it; None sees all. Returns [N, Hq, Dv].
-    All new KV is written before anything is read: a sequence may read pages another one fills in this step.
+    q: [N, Hq, Dk], k: [N, Hkv, Dk], v: [N, Hkv, Dv] of one dtype, the cache's; Hq is a multiple of Hkv.
+    window: a token sees itself and the window - 1 tokens before it; None sees all. Returns [N, Hq, Dv].
+    All new KV is written before any is read: a sequence may read pages that another fills in this step.
     """
     write_kv(k, v, arena, layout, batch)
     num_tokens, num_heads, _ = q.shape
@@ -145,7 +145,7 @@ def page_rows(arena: Tensor, layout: KVLayout, dtype: torch.dtype) -> tuple[Tens
 def copy_pages(
     arena_dst: Tensor, arena_src: Tensor, pairs: Sequence[tuple[int, int]], page_bytes: int
 ) -> None:
-    """Copy pages between arenas, or inside one: copy-on-write and swap. pairs: (source, destination) in units.
+    """Copy pages between arenas, or inside one: copy-on-write, swap. pairs: (source, destination) in units.
 
     Sources are read before any destination is written, as if all copies happened at once.
     """
@@ -165,8 +165,9 @@ def _page_words(arena: Tensor, page_bytes: int) -> Tensor:
 
 
 def _gather(pages: Tensor, work: AttentionWork, num_kv_heads: int) -> Tensor:
-    """[s, L, Hkv, D] of the pages a piece of work reads. index_select copies whole pages with memcpy."""
-    rows = pages.index_select(0, work.units.view(-1))
+    """[s, L, Hkv, D] of the pages a piece of work reads."""
+    # An embedding lookup copies whole rows; index_select does so element by element when rows overlap.
+    rows = F.embedding(work.units, pages)
     kv = rows.view(work.num_seqs, work.padded_len, num_kv_heads, -1)[:, : work.length]
     if work.stale is not None:
         # Slots no token of this sequence wrote may hold NaN, which no additive mask hides.
@@ -175,10 +176,10 @@ def _gather(pages: Tensor, work: AttentionWork, num_kv_heads: int) -> Tensor:
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, work: AttentionWork, scale: float) -> Tensor:
-    """q [R, Hq, Dk] over keys [s, L, Hkv, Dk] -> [R, Hq, Dv], R = s (one query each) or s = 1 (a chunk of R).
+    """q [R, Hq, Dk] over keys [s, L, Hkv, Dk] -> [R, Hq, Dv]; R = s (a query each) or s = 1 (a chunk of R).
 
-    K and V are never repeated for the query heads of a group: for single queries the group's heads become query
-    rows, for a chunk they become a batch over which K and V are broadcast.
+    K and V are never repeated for the query heads of a group: for single queries the group's heads become
+    query rows, for a chunk they become a batch over which K and V are broadcast.
     """
     num_kv_heads = keys.shape[2]
     grouped = q.unflatten(1, (num_kv_heads, -1))  # [R, Hkv, G, Dk]

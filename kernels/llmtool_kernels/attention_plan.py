@@ -14,11 +14,11 @@ MAX_BUCKET_TOKENS = 16384
 
 @dataclass(frozen=True, slots=True)
 class AttentionWork:
-    """One dense call: s sequences with one query each (chunk False), or one sequence with R queries (chunk True).
+    """One dense call: s sequences with a query each (chunk False), or one with R queries (chunk True).
 
     rows: int64 [R], rows of q. units: int64 [s, w], the pages read, in order. length: tokens kept of the
-    padded_len = w * tokens_per_page gathered. mask: additive, [s, 1, 1, length] or [R, length], None if all is
-    seen, or causal says it. stale: (sequence, position) indices of gathered slots that are not the sequence's.
+    padded_len = w * tokens_per_page gathered. mask: additive, [s, 1, 1, length] or [R, length]; None when all
+    is seen, or `causal` says what is. stale: (sequence, position) of gathered slots that are not its own.
     """
 
     rows: Tensor
@@ -56,7 +56,9 @@ def plan_step(
     dtype: torch.dtype,
 ) -> list[AttentionWork]:
     """The work of one step for all layers with this window. block_tables: int32 [S, W], in units."""
-    single, chunks, row = [], [], 0
+    single: list[_Span] = []
+    chunks: list[_Span] = []
+    row = 0
     for s, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
         assert 0 <= query_len <= kv_len, f"sequence {s}: {query_len} new of {kv_len} tokens"
         oldest = 0 if window is None else max(0, kv_len - query_len + 1 - window)

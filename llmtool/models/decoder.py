@@ -1,7 +1,7 @@
 """The decoder of the Llama family: Llama, SmolLM, Mistral, Qwen2 (biased qkv), Qwen3 (normed q and k).
 
-Inference only. Weights lie in small dataclasses and are used with `F.linear`; q, k and v are one matrix, gate and
-up another. Tokens of all sequences of a step come as one flat list: N of them, whatever sequence they belong to.
+Inference only. Weights lie in small dataclasses and are used with `F.linear`; q, k and v are one matrix, gate
+and up another. The tokens of all sequences of a step come as one flat list of N, whichever they belong to.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from llmtool_kernels.attention import AttentionBatch, KVLayout, paged_attention
 from torch import Tensor
 
 from llmtool.models.rope import RotaryEmbedding
 from llmtool.modelspec import ModelSpec
-from llmtool_kernels.attention import AttentionBatch, KVLayout, paged_attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class KVContext:
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer, as `F.linear` wants it: [out, in]. Rows of qkv: q heads, k heads, v heads. gate_up: gate, up."""
+    """One layer, [out, in] as `F.linear` wants it. Rows of qkv: q, k, v heads; of gate_up: gate, up."""
 
     attention_norm: Tensor  # [hidden]
     qkv: Tensor  # [(Hq + 2 Hkv) * D, hidden]
@@ -69,7 +69,7 @@ class Decoder:
         return self.weights.embedding.dtype
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
-        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N]; writes their KV into kv.arena."""
+        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N]; writes their KV to kv.arena."""
         spec = self.spec
         cos, sin = self.rope(positions)  # each float32 [N, 1, D/2]
         hidden = F.embedding(input_ids, self.weights.embedding)  # [N, hidden]
@@ -104,7 +104,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [N, H, D] turned by cos, sin [N, 1, D/2] in float32; pairs are (i, i + D/2), as Hugging Face stores them."""
+    """x [N, H, D] turned in float32 by cos, sin [N, 1, D/2]; dimensions i and i + D/2 are a pair."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 

@@ -127,7 +127,7 @@ def fill_random(weights: DecoderWeights, seed: int) -> None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model: those its index names, else all. Raises ModelError when there are none."""
+    """A model's safetensors files: those its index names, else all. Raises ModelError when there are none."""
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -177,7 +177,7 @@ def _fill(spec: ModelSpec, weights: DecoderWeights, directory: Path, progress: P
     ]
     if problems:
         raise ModelError(
-            f"The weights in {directory} do not fit its config.json ({spec.architecture}): {'; '.join(problems)}.",
+            f"The weights in {directory} do not fit its config.json: {'; '.join(problems)}.",
             "Check that config.json and the safetensors files come from the same model.",
         )
 

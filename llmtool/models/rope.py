@@ -1,4 +1,4 @@
-"""Rotary position embeddings: frequencies per pair of dimensions, and the cos and sin of a step's positions."""
+"""Rotary position embeddings: a frequency per pair of dimensions, cos and sin of a step's positions."""
 
 from __future__ import annotations
 
