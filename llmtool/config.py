@@ -39,6 +39,11 @@ class SchedulerConfig:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise UsageError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least max_num_seqs "
+                f"({self.max_num_seqs}), or some sequences would never get their token."
+            )
         if self.max_waiting < 0:
             raise UsageError(f"max_waiting must be at least 0, not {self.max_waiting}.")
         if self.policy not in ("fcfs", "priority"):
@@ -99,7 +104,9 @@ class EngineConfig:
     def scheduler(self, max_model_len: int) -> SchedulerConfig:
         return SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
-            max_num_batched_tokens=512 if self.max_num_batched_tokens is None else self.max_num_batched_tokens,
+            max_num_batched_tokens=512
+            if self.max_num_batched_tokens is None
+            else self.max_num_batched_tokens,
             max_model_len=max_model_len,
             max_waiting=self.max_waiting,
             policy=self.scheduling_policy,
@@ -142,13 +149,17 @@ def resolve(
     names = {f.name for f in fields(cls)}  # type: ignore[arg-type]
     hints = get_type_hints(cls)
     values: dict[str, Any] = {}
-    for source, given in (("the configuration file", read_toml(config_file)), ("the environment", from_env(environ))):
+    for source, given in (
+        ("the configuration file", read_toml(config_file)),
+        ("the environment", from_env(environ)),
+    ):
         for key, value in given.items():
             if key in names:
                 values[key] = coerce(key, value, hints[key])
             elif key not in other_keys:
                 raise UsageError(
-                    f"Unknown setting {key!r} in {source}.", f"Known settings: {', '.join(sorted(names | other_keys))}."
+                    f"Unknown setting {key!r} in {source}.",
+                    f"Known settings: {', '.join(sorted(names | other_keys))}.",
                 )
     values.update({k: v for k, v in flags.items() if v is not None and k in names})
     return cls(**values)
@@ -170,7 +181,9 @@ def read_toml(path: str | Path | None) -> dict[str, Any]:
 def from_env(environ: Mapping[str, str] | None) -> dict[str, str]:
     environ = os.environ if environ is None else environ
     return {
-        k[len(ENV_PREFIX) :].lower(): v for k, v in environ.items() if k.startswith(ENV_PREFIX) and k not in ENV_RESERVED
+        k[len(ENV_PREFIX) :].lower(): v
+        for k, v in environ.items()
+        if k.startswith(ENV_PREFIX) and k not in ENV_RESERVED
     }
 
 
@@ -184,7 +197,9 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
             if option is bool:
                 if isinstance(value, bool):
                     return value
-                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                    value.lower()
+                ]
             if option in (int, float) and not isinstance(value, bool):
                 return option(value)
             if option is str and isinstance(value, str):
@@ -201,4 +216,3 @@ def as_dict(*configs: Any) -> dict[str, Any]:
     for config in configs:
         merged |= asdict(config)
     return merged
-

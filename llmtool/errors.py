@@ -74,7 +74,9 @@ class RequestError(LLMToolError):
     http_status = 400
     kind = "invalid_request_error"
 
-    def __init__(self, message: str, remedy: str = "", param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self, message: str, remedy: str = "", param: str | None = None, code: str | None = None
+    ) -> None:
         super().__init__(message, remedy)
         self.param = param
         self.code = code

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, IntEnum
+from enum import IntEnum, StrEnum
 
 from llmtool.errors import RequestError
 
 MAX_N = 128
 MAX_LOGPROBS = 100
 MAX_STOP_TOKENS = 128
+MAX_BEAM_STOPS = 8
 
 
 class RequestStatus(IntEnum):
@@ -25,7 +26,7 @@ class RequestStatus(IntEnum):
     FINISHED = 4
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     STOP = "stop"  # end-of-sequence, stop token or stop string
     LENGTH = "length"  # max_tokens or the context is exhausted
     ABORT = "abort"
@@ -47,6 +48,11 @@ class BeamParams:
     width: int
     length_penalty: float = 1.0
     early_stopping: bool = False
+
+    @property
+    def candidates(self) -> int:
+        """Continuations needed of each beam: `width` that go on, and any that end."""
+        return 2 * self.width + MAX_BEAM_STOPS
 
 
 def _require(ok: bool, param: str, message: str) -> None:
@@ -113,7 +119,9 @@ class SamplingParams:
                 f"{name} must be between 0 and {MAX_LOGPROBS}, not {value}.",
             )
         _require(
-            self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "seed must be a 64-bit signed integer."
+            self.seed is None or -(2**63) <= self.seed < 2**63,
+            "seed",
+            "seed must be a 64-bit signed integer.",
         )
         _require(
             len(self.stop_token_ids) <= MAX_STOP_TOKENS,
@@ -177,13 +185,16 @@ class Request:
     finish_reason: FinishReason | None = None
     num_computed: int = 0
     num_submitted: int = 0
+    num_sent: int = 0  # tokens the executor has been told; 0: it does not know this sequence
     in_flight: int = 0  # submitted steps not committed yet
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
     cumulative_logprob: float = 0.0
     first_scheduled: float = -1.0
     first_token: float = -1.0
+    stop_tokens: frozenset[int] = frozenset()  # ends of sequence and stop ids that count for this request
     stopped_by: int | None = None  # the stop token id, if one ended it
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected over prompt chunks
     sort_key: tuple[int, float, str, int] = (0, 0.0, "", 0)
 
     def __post_init__(self) -> None:

@@ -1,0 +1,150 @@
+"""The allocator's interface: what scheduler and engine may ask of KV memory, whatever the page plan.
+
+All verbs are all-or-nothing: `OutOfPages` leaves the state as it was. Table entries and `PageCopy` fields are
+offsets in UNIT bytes. A sequence's `token_ids` list is handed over by reference in `begin` and read again as it
+grows, so that pages can be hashed when they fill.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llmtool.core.memory.geometry import KVCacheGroup
+from llmtool.core.ports import PageCopy
+
+
+class OutOfPages(Exception):
+    """Not enough pages. Internal control flow: the scheduler answers it by waiting or preempting."""
+
+    def __init__(self, needed: int, have: int, binding: str) -> None:
+        super().__init__(f"{needed} pages of type {binding!r} needed, {have} to be had")
+        self.needed = needed
+        self.have = have
+        self.binding = binding
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """What `extend` changed. new_pages: per group, entries appended. edits: (group, index, entry) overwritten by
+    copy-on-write, with the copies that fill them."""
+
+    new_pages: tuple[tuple[int, ...], ...]
+    edits: tuple[tuple[int, int, int], ...] = ()
+    copies: tuple[PageCopy, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """Bytes of the arena by what they hold; the fields but `arena` sum to `arena`.
+
+    tokens: KV of live tokens. tail: slots of live pages not filled yet. cached: pages nobody uses, kept for their
+    prefix. padding: what page plans round up. free: the rest. pages_shared: pages in more than one table.
+    """
+
+    arena: int
+    tokens: int
+    tail: int
+    cached: int
+    padding: int
+    free: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    pages_shared: int
+
+
+class KVAllocator(Protocol):
+    groups: tuple[KVCacheGroup, ...]
+
+    def available(self) -> int:
+        """Pages that a request could get now: free ones and unreferenced cached ones."""
+        ...
+
+    def fits_ever(self, num_tokens: int) -> bool:
+        """Could one sequence of `num_tokens` tokens run alone?"""
+        ...
+
+    def max_tokens(self) -> int:
+        """Tokens of the longest sequence that could run alone."""
+        ...
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that a fresh sequence of `num_tokens` tokens takes."""
+        ...
+
+    def begin(
+        self,
+        seq: str,
+        token_ids: Sequence[int],
+        max_new: int,
+        *,
+        salt: str = "",
+        headroom: int = 0,
+        reuse: bool = True,
+    ) -> int:
+        """Take over the longest cached prefix of `token_ids` and reserve pages for up to `max_new` more of its
+        tokens. At least one token is left to compute. Returns the cached tokens. headroom: pages of the whole
+        sequence and `headroom` more must be available, or OutOfPages. reuse=False: take nothing from the cache
+        (every position must be computed, for prompt logprobs)."""
+        ...
+
+    def extend(self, seq: str, target: int) -> Extension | None:
+        """Make the sequence `target` tokens long; the new positions are safe to write. None: nothing changed."""
+        ...
+
+    def can_extend(self, seq: str, target: int) -> bool:
+        """Would `extend` succeed now?"""
+        ...
+
+    def advance(self, seq: str, num_tokens: int) -> None:
+        """The first `num_tokens` tokens are known and computed by steps already submitted: cache full pages."""
+        ...
+
+    def fork(self, parent: str, child: str, token_ids: Sequence[int], num_tokens: int) -> None:
+        """A new sequence that shares the parent's first `num_tokens` tokens, copy-on-write."""
+        ...
+
+    def truncate(self, seq: str, num_tokens: int) -> tuple[int, ...]:
+        """Drop positions from `num_tokens` on. Returns pages left in the table, per group."""
+        ...
+
+    def table(self, seq: str) -> tuple[tuple[int, ...], ...]:
+        """The whole block table, per group."""
+        ...
+
+    def swap_out(self, seq: str) -> list[PageCopy] | None:
+        """Move the sequence's KV to host memory. None: no room there; nothing changed."""
+        ...
+
+    def swap_in(self, seq: str) -> list[PageCopy]:
+        """Bring it back. Raises OutOfPages."""
+        ...
+
+    def preempt(self, seq: str) -> None:
+        """Give all pages back; full ones stay cached while nobody needs them. `begin` starts anew."""
+        ...
+
+    def end(self, seq: str, keep: bool = True) -> None:
+        """The sequence is over, wherever its KV lies. keep=False: what it computed is bad, let nobody
+        find it in the prefix cache."""
+        ...
+
+    def reset_cache(self) -> bool:
+        """Forget all cached prefixes; False, and nothing done, while any page is in use."""
+        ...
+
+    def usage(self) -> tuple[int, int]:
+        """Pages in use, pages cached."""
+        ...
+
+    def ledger(self) -> Ledger: ...
+
+    def bill(self, seq: str) -> dict[str, int]:
+        """Bytes of one sequence: tokens, tail, padding, shared."""
+        ...
+
+    def check(self) -> None:
+        """Assert every invariant; cheap enough to run when idle."""
+        ...

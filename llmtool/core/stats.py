@@ -1,0 +1,30 @@
+"""What the engine counts: gauges of now, totals since the start. A snapshot is cheap to copy across processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Tokens, pages and sequences; `prefix_*` are tokens looked up and found. steps: committed steps."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    pages_total: int = 0
+    pages_used: int = 0
+    pages_cached: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+    swapped_pages: int = 0
+    copied_pages: int = 0
+    finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason
+
+    @property
+    def kv_usage(self) -> float:
+        """Part of the pages in use, 0 to 1; cached ones count as free."""
+        return self.pages_used / self.pages_total if self.pages_total else 0.0

@@ -1,0 +1,221 @@
+"""The step log: every decision and result of a run, one JSON row each, and its replay.
+
+Rows: `header` (settings and page geometry), `add`, `abort`, `schedule` (the decision), `result` (tokens). A replay
+builds the same policy from the header, feeds it the same events at the same moments, hands back the recorded
+results and compares every decision: any drift between two versions of the policy shows at its first step.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import IO, Any
+
+from llmtool.config import SchedulerConfig
+from llmtool.core.memory.geometry import KVCacheGroup, LayerCacheSpec
+from llmtool.core.memory.uniform import UniformAllocator
+from llmtool.core.ports import SchedulerOutput, StepResult
+from llmtool.core.request import BeamParams, Grammar, SamplingParams, TokenLogprob
+from llmtool.core.scheduler import Scheduler
+from llmtool.errors import UsageError
+
+VERSION = 1
+
+
+def decision(out: SchedulerOutput) -> dict[str, Any]:
+    """A step's decision as plain data, complete: two equal ones make any executor do the same."""
+    return {
+        "step": out.step_id,
+        "finished": list(out.finished),
+        "preempted": list(out.preempted),
+        "swap_out": [(c.src, c.dst) for c in out.swap_out],
+        "swap_in": [(c.src, c.dst) for c in out.swap_in],
+        "copies": [(c.src, c.dst) for c in out.copies],
+        "new": [(n.id, len(n.token_ids), [list(t) for t in n.tables]) for n in out.new],
+        "scheduled": [
+            (
+                s.id,
+                s.start,
+                s.num_tokens,
+                list(s.new_token_ids),
+                [list(p) for p in s.new_pages],
+                list(s.table_edits),
+            )
+            for s in out.scheduled
+        ],
+    }
+
+
+def params_to_dict(params: SamplingParams) -> dict[str, Any]:
+    """Only what differs from the defaults."""
+    default = SamplingParams()
+    changed: dict[str, Any] = {}
+    for f in fields(params):
+        value = getattr(params, f.name)
+        if value != getattr(default, f.name):
+            changed[f.name] = asdict(value) if isinstance(value, Grammar | BeamParams) else value
+    return changed
+
+
+def params_from_dict(data: dict[str, Any]) -> SamplingParams:
+    data = dict(data)
+    if "grammar" in data:
+        data["grammar"] = Grammar(**data["grammar"])
+    if "beam" in data:
+        data["beam"] = BeamParams(**data["beam"])
+    if "stop_token_ids" in data:
+        data["stop_token_ids"] = tuple(data["stop_token_ids"])
+    if "logit_bias" in data:
+        data["logit_bias"] = {int(k): v for k, v in data["logit_bias"].items()}
+    return SamplingParams(**data)
+
+
+class StepLogWriter:
+    """Appends rows to `file` (text). The caller closes it."""
+
+    def __init__(self, file: IO[str], scheduler: Scheduler) -> None:
+        self._file = file
+        allocator = scheduler.allocator
+        assert isinstance(allocator, UniformAllocator)
+        self._row(
+            "header",
+            version=VERSION,
+            config=asdict(scheduler.config),
+            group=asdict(allocator.groups[0]),
+            num_pages=allocator.num_pages,
+            host_pages=allocator.host_pages,
+            prefix_caching=allocator.prefix_caching,
+            eos=sorted(scheduler.eos_token_ids),
+        )
+
+    def _row(self, kind: str, **values: Any) -> None:
+        self._file.write(json.dumps({"kind": kind, **values}, separators=(",", ":")) + "\n")
+
+    def add(
+        self,
+        now: float,
+        request_id: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        priority: int,
+        cache_salt: str,
+        seed: int,
+    ) -> None:
+        self._row(
+            "add",
+            now=now,
+            id=request_id,
+            prompt=list(prompt),
+            params=params_to_dict(params),
+            priority=priority,
+            salt=cache_salt,
+            seed=seed,
+        )
+
+    def abort(self, now: float, request_id: str, index: int | None) -> None:
+        self._row("abort", now=now, id=request_id, index=index)
+
+    def schedule(self, now: float, out: SchedulerOutput) -> None:
+        self._row("schedule", now=now, **decision(out))
+
+    def result(self, now: float, result: StepResult) -> None:
+        row: dict[str, Any] = {"step": result.step_id, "tokens": result.tokens, "seconds": result.seconds}
+        if result.logprobs:  # they decide beam searches
+            row["logprobs"] = {
+                k: [(p.token, p.logprob, p.rank, p.top) for p in v] for k, v in result.logprobs.items()
+            }
+        if result.errors:
+            row["errors"] = dict(result.errors)
+        self._row("result", now=now, **row)
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Rows of a log; UsageError names the first line that is none."""
+    with Path(path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+                kind = row["kind"]
+            except (ValueError, KeyError, TypeError):
+                raise UsageError(f"Line {number} of {path} is not a row of a step log.") from None
+            if number == 1 and (kind != "header" or row.get("version") != VERSION):
+                raise UsageError(f"{path} does not start with a step-log header of version {VERSION}.")
+            yield row
+
+
+def result_from_row(row: dict[str, Any]) -> StepResult:
+    logprobs = {
+        k: [TokenLogprob(t, lp, rank, tuple((a, b) for a, b in top)) for t, lp, rank, top in v]
+        for k, v in row.get("logprobs", {}).items()
+    }
+    errors = row.get("errors", {})
+    return StepResult(row["step"], row["tokens"], logprobs, errors=errors, seconds=row["seconds"])
+
+
+def scheduler_from_header(header: dict[str, Any]) -> Scheduler:
+    raw = dict(header["group"])
+    raw["layers"] = tuple(LayerCacheSpec(**layer) for layer in raw["layers"])
+    raw["layer_offsets"] = tuple(raw["layer_offsets"])
+    allocator = UniformAllocator(
+        KVCacheGroup(**raw), header["num_pages"], header["host_pages"], header["prefix_caching"]
+    )
+    return Scheduler(SchedulerConfig(**header["config"]), allocator, header["eos"])
+
+
+class ReplayExecutor:
+    """Hands back recorded results in order, whatever is submitted."""
+
+    def __init__(self, results: Sequence[StepResult], max_in_flight: int = 1) -> None:
+        self.max_in_flight = max_in_flight
+        self._results = deque(results)
+
+    def submit(self, out: SchedulerOutput) -> None:
+        pass
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """steps: decisions compared. mismatch: None, or (step, recorded, made) of the first that differs."""
+
+    steps: int
+    mismatch: tuple[int, dict[str, Any], dict[str, Any]] | None
+
+
+def replay(path: str | Path) -> Replay:
+    """Run the policy again over a recorded run, on the recorded clock, and compare each decision."""
+    rows = read_rows(path)
+    scheduler = scheduler_from_header(next(rows))
+    in_flight: deque[SchedulerOutput] = deque()
+    steps = 0
+    for row in rows:
+        now = row["now"]
+        if row["kind"] == "add":
+            params = params_from_dict(row["params"])
+            scheduler.add(
+                row["id"],
+                row["prompt"],
+                params,
+                now,
+                priority=row["priority"],
+                cache_salt=row["salt"],
+                seed=row["seed"],
+            )
+        elif row["kind"] == "abort":
+            scheduler.abort(row["id"], row["index"], now)
+        elif row["kind"] == "schedule":
+            out = scheduler.schedule(now)
+            made = json.loads(json.dumps(decision(out)))
+            recorded = {k: v for k, v in row.items() if k not in ("kind", "now")}
+            steps += 1
+            if made != recorded:
+                return Replay(steps, (row["step"], recorded, made))
+            in_flight.append(out)
+        elif row["kind"] == "result":
+            scheduler.update(in_flight.popleft(), result_from_row(row), now)
+    return Replay(steps, None)
