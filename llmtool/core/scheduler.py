@@ -102,7 +102,7 @@ class Scheduler:
             members = members[:1]
         elif index is not None:
             members = [r for r in members if r.index == index]
-        outputs = [self._finish(request, FinishReason.ABORT, now) for request in members]
+        outputs = [o for request in members for o in self._finish(request, FinishReason.ABORT, now)]
         self._sweep()
         return outputs
 
@@ -298,11 +298,11 @@ class Scheduler:
 
     @staticmethod
     def _can_fork(parent: Request, child: Request) -> bool:
-        return parent.status == RequestStatus.RUNNING and parent.num_submitted >= child.num_prompt_tokens
+        # Computed, not only submitted: a copied page must have been written by an earlier step than the copy.
+        return parent.status == RequestStatus.RUNNING and parent.num_computed >= child.num_prompt_tokens
 
     def _release_children(self, parent: Request) -> None:
-        """The parent's prompt is submitted, or will never be: its siblings queue up. They start with the next
-        step, because a copied page must have been written by an earlier one."""
+        """The parent's prompt is computed, or will never be: its siblings queue up."""
         for child in self._children.pop(parent.id, ()):
             if not child.finished:
                 self._waiting.push(child)
@@ -357,7 +357,7 @@ class Scheduler:
                 continue
             request.num_computed = entry.start + entry.num_tokens
             if request.id in result.errors:
-                outputs.append(self._finish(request, FinishReason.ERROR, now, result.errors[request.id]))
+                outputs.extend(self._finish(request, FinishReason.ERROR, now, result.errors[request.id]))
                 ended = True
                 continue
             if request.num_output_tokens == 0:
@@ -472,16 +472,17 @@ class Scheduler:
 
     def _finish(
         self, request: Request, reason: FinishReason, now: float, error: str | None = None
-    ) -> SequenceOutput:
-        """End a sequence from outside: abort or error."""
+    ) -> list[SequenceOutput]:
+        """End a sequence from outside: abort or error. A beam search ends as a whole, with all its answers."""
         search = self._beams.get(request.group)
-        output = SequenceOutput(request.group, request.index if search is None else 0, (), error=error)
-        self._end(request, reason, now, output)
+        answers = [request.index] if search is None else range(request.params.n)
+        outputs = [SequenceOutput(request.group, index, (), error=error) for index in answers]
+        for output in outputs:
+            self._end(request, reason, now, output)
         for beam in () if search is None else search.live:
-            if not beam.finished:
-                beam.finish_reason = reason
-                self._retire(beam)
-        return output
+            beam.finish_reason = reason
+            self._retire(beam)
+        return outputs
 
     def _end(self, request: Request, reason: FinishReason, now: float, output: SequenceOutput) -> None:
         request.finish_reason = reason
@@ -496,7 +497,9 @@ class Scheduler:
         self.stats.finished[reason.value] = self.stats.finished.get(reason.value, 0) + 1
 
     def _retire(self, request: Request) -> None:
-        """Give a sequence's pages back; the lists forget it in `_sweep`."""
+        """Give a sequence's pages back; the lists forget it in `_sweep`. Harmless the second time."""
+        if request.finished:
+            return
         if request.status == RequestStatus.RUNNING:
             self._take_seats(request, -1)
         self._waiting.remove(request)

@@ -1,0 +1,303 @@
+"""An engine in its own process, driven from asyncio: what the HTTP server and in-process benches hold.
+
+This side never imports torch. A reader thread takes messages off the pipe and hands them to the event loop, so
+the engine's writes never wait for a busy loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+
+from llmtool.config import EngineConfig
+from llmtool.core.request import SamplingParams, SequenceOutput
+from llmtool.core.stats import EngineStats
+from llmtool.errors import EngineDead, LLMToolError, QueueFull, RequestError
+from llmtool.runtime import engine_process
+from llmtool.runtime.parts import EngineInfo, Progress
+
+TORCH_FACTORY = "llmtool.runtime.executor:build_engine"
+
+
+class RequestStream:
+    """Outputs of one request, in order, until all its answers have ended. `async for` it once."""
+
+    def __init__(self, engine: AsyncEngine, request_id: str, answers: int) -> None:
+        self.request_id = request_id
+        self._engine = engine
+        self._open = answers
+        self._outputs: deque[SequenceOutput] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: LLMToolError | None = None
+
+    def __aiter__(self) -> RequestStream:
+        return self
+
+    async def __anext__(self) -> SequenceOutput:
+        while not self._outputs:
+            if self._error is not None:
+                raise self._error
+            if self._open <= 0:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        output = self._outputs.popleft()
+        if output.finish_reason is not None:
+            self._open -= 1
+        return output
+
+    def abort(self, index: int | None = None) -> None:
+        """End the request, or one answer of it. Cheap, and harmless when it has ended already."""
+        self._engine._abort(self.request_id, index)
+
+    def _push(self, output: SequenceOutput) -> None:
+        self._outputs.append(output)
+        self._wake()
+
+    def _fail(self, error: LLMToolError) -> None:
+        self._error = error
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+class AsyncEngine:
+    """Start with `await AsyncEngine.start(config)`; end with `await engine.close()`.
+
+    info: facts fixed at start. stats: the latest snapshot the engine pushed. dead: why it can serve no more.
+    on_step: called with the number of batched tokens of every committed step.
+    """
+
+    def __init__(self, config: EngineConfig, factory: str) -> None:
+        self.config = config
+        self.info: EngineInfo
+        self.stats = EngineStats()
+        self.dead: LLMToolError | None = None
+        self.on_step: Callable[[int], None] | None = None
+        self._streams: dict[str, RequestStream] = {}
+        self._unfinished: dict[str, int] = {}
+        self._admissions: dict[str, asyncio.Future[None]] = {}
+        self._draining = False
+        self._closing = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._died = asyncio.Event()
+        self._seeds = random.Random(config.seed)
+        self._loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[EngineInfo] = self._loop.create_future()
+        self._progress: Progress | None = None
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=engine_process.main, args=(theirs, config, factory), name="llmtool-engine", daemon=True
+        )
+        self._process.start()
+        theirs.close()
+        self._reader = threading.Thread(
+            target=self._read, args=(self._connection,), name="llmtool-engine-reader", daemon=True
+        )
+        self._reader.start()
+
+    @classmethod
+    async def start(
+        cls, config: EngineConfig, *, progress: Progress | None = None, factory: str = TORCH_FACTORY
+    ) -> AsyncEngine:
+        """Spawn the process, load the model, wait until it is ready. Raises what the loading raised."""
+        engine = cls(config, factory)
+        engine._progress = progress
+        try:
+            engine.info = await engine._started
+        except BaseException:
+            await engine.close()
+            raise
+        return engine
+
+    # -- requests ------------------------------------------------------------------------------------------
+
+    async def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> RequestStream:
+        """Queue a request; returns when the engine has admitted it to its queue.
+
+        Raises RequestTooLong, RequestError, QueueFull, EngineDead.
+        """
+        self._check(request_id, prompt_token_ids)
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        answers = params.n
+        stream = RequestStream(self, request_id, answers)
+        admitted: asyncio.Future[None] = self._loop.create_future()
+        self._streams[request_id] = stream
+        self._unfinished[request_id] = answers
+        self._admissions[request_id] = admitted
+        self._idle.clear()
+        self._send(("add", request_id, list(prompt_token_ids), params, priority, cache_salt, seed))
+        try:
+            await admitted
+        except asyncio.CancelledError:
+            self._abort(request_id, None)
+            raise
+        return stream
+
+    def _check(self, request_id: str, prompt: Sequence[int]) -> None:
+        if self.dead is not None:
+            raise self.dead
+        if self._draining:
+            raise QueueFull(
+                "The server is shutting down.", "Send the request to another one.", retry_after=30.0
+            )
+        if request_id in self._streams or "/" in request_id:
+            raise RequestError(f"The request id {request_id!r} is in use or has a slash.", param="request_id")
+        if prompt and not (min(prompt) >= 0 and max(prompt) < self.info.vocab_size):
+            raise RequestError(
+                f"The prompt has token ids outside 0 to {self.info.vocab_size - 1}.", param="prompt"
+            )
+
+    def _abort(self, request_id: str, index: int | None) -> None:
+        if request_id in self._streams and self.dead is None:
+            self._send(("abort", request_id, index))
+
+    def _send(self, command: engine_process.Command) -> None:
+        try:
+            self._connection.send(command)
+        except OSError:  # the reader thread sees the same end and says why
+            return
+
+    async def reset_prefix_cache(self) -> None:
+        """Forget cached prefixes, unless something runs."""
+        self._send(("reset",))
+
+    # -- messages ------------------------------------------------------------------------------------------
+
+    def _read(self, connection: Connection) -> None:
+        """The reader thread."""
+        failure: LLMToolError | None = None
+        try:
+            while True:
+                message = connection.recv()
+                if message[0] == "failed":
+                    failure = message[1]
+                else:
+                    self._loop.call_soon_threadsafe(self._dispatch, message)
+        except (EOFError, OSError):
+            pass
+        except RuntimeError:  # the event loop is closed
+            return
+        self._process.join(timeout=10)
+        code = self._process.exitcode
+        error = failure or EngineDead(
+            f"The engine process ended unexpectedly (exit code {code}).", "Restart the server; see its log."
+        )
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._end, error)
+
+    def _dispatch(self, message: engine_process.Message) -> None:
+        match message:
+            case ("step", plain, outputs, num_tokens):
+                for request_id, index, token_ids in plain:
+                    self._deliver(SequenceOutput(request_id, index, token_ids))
+                for output in outputs:
+                    self._deliver(output)
+                if num_tokens and self.on_step is not None:
+                    self.on_step(num_tokens)
+            case ("stats", stats):
+                self.stats = stats
+            case ("admitted", request_id):
+                self._settle(request_id, None)
+            case ("refused", request_id, error):
+                self._forget(request_id)
+                self._settle(request_id, error)
+            case ("progress", text, fraction):
+                if self._progress is not None:
+                    self._progress(text, fraction)
+            case ("ready", info):
+                if not self._started.done():
+                    self._started.set_result(info)
+
+    def _settle(self, request_id: str, error: LLMToolError | None) -> None:
+        admitted = self._admissions.pop(request_id, None)
+        if admitted is None or admitted.done():
+            return
+        if error is None:
+            admitted.set_result(None)
+        else:
+            admitted.set_exception(error)
+
+    def _deliver(self, output: SequenceOutput) -> None:
+        stream = self._streams.get(output.request_id)
+        if stream is None:
+            return
+        if output.finish_reason is not None:
+            self._unfinished[output.request_id] -= 1
+            if self._unfinished[output.request_id] == 0:
+                self._forget(output.request_id)
+        stream._push(output)
+
+    def _forget(self, request_id: str) -> None:
+        self._streams.pop(request_id, None)
+        self._unfinished.pop(request_id, None)
+        if not self._streams:
+            self._idle.set()
+
+    def _end(self, error: LLMToolError) -> None:
+        """The process is gone."""
+        self.dead = error
+        self._died.set()
+        if not self._started.done():
+            self._started.set_exception(error)
+        for admitted in self._admissions.values():
+            if not admitted.done():
+                admitted.set_exception(error)
+        self._admissions.clear()
+        for stream in list(self._streams.values()):
+            stream._fail(error)
+        self._streams.clear()
+        self._unfinished.clear()
+        self._idle.set()
+
+    # -- the end -------------------------------------------------------------------------------------------
+
+    async def wait_dead(self) -> LLMToolError:
+        """Returns when the engine can serve no more, with the reason."""
+        await self._died.wait()
+        assert self.dead is not None
+        return self.dead
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests and wait for the running ones, at most `timeout` seconds; then abort what is left.
+        True when everything finished by itself."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            for request_id in list(self._streams):
+                self._abort(request_id, None)
+            return False
+        return True
+
+    async def close(self) -> None:
+        """End the process; safe to call twice."""
+        if self._closing:
+            return
+        self._closing = True
+        self._send(("close",))
+        await asyncio.to_thread(self._process.join, 10)
+        if self._process.is_alive():
+            self._process.kill()
+            await asyncio.to_thread(self._process.join, 10)
+        self._connection.close()

@@ -1,0 +1,148 @@
+"""The engine's own process: commands come in over a pipe, outputs go out, and in between it steps.
+
+Nothing here waits for HTTP, JSON or a tokenizer. Messages are small tuples; see `Command` and `Message`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import replace
+from importlib import import_module
+from multiprocessing.connection import Connection
+from typing import Any
+
+from llmtool.config import EngineConfig
+from llmtool.core.engine import Engine
+from llmtool.core.memory.uniform import UniformAllocator
+from llmtool.core.ports import RealClock
+from llmtool.core.request import SequenceOutput
+from llmtool.core.scheduler import Scheduler
+from llmtool.core.steplog import StepLogWriter
+from llmtool.errors import EngineDead, LLMToolError
+from llmtool.runtime.parts import EngineParts
+
+STATS_INTERVAL = 0.1  # seconds between snapshots while the engine is busy
+
+# ("add", id, prompt, params, priority, cache_salt, seed) | ("abort", id, index) | ("reset",) | ("close",)
+Command = tuple[Any, ...]
+# ("progress", text, fraction) | ("ready", EngineInfo) | ("admitted", id) | ("refused", id, error)
+# | ("step", plain, outputs, num_tokens) | ("stats", EngineStats) | ("failed", error, traceback)
+# where plain = [(id, index, token_ids), ...], the outputs that carry nothing else
+Message = tuple[Any, ...]
+
+
+def main(connection: Connection, config: EngineConfig, factory: str) -> None:
+    """Entry of the process. factory: "module:function", an EngineFactory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    log_file = None
+    try:
+        started = time.monotonic()
+        parts = _build(connection, config, factory)
+        scheduler = _scheduler(parts, config)
+        if config.step_log is not None:
+            log_file = open(config.step_log, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+        log = StepLogWriter(log_file, scheduler) if log_file is not None else None
+        engine = Engine(scheduler, parts.executor, RealClock(), log)
+        seconds = time.monotonic() - started
+        connection.send(("ready", replace(parts.info, load_seconds=seconds, pid=os.getpid())))
+        _Loop(connection, engine).run()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the parent is gone
+    except LLMToolError as error:
+        _report(connection, error, "")
+    except Exception as error:
+        # The last line of defence: the parent must hear of it, whatever it was.
+        _report(connection, EngineDead(f"The engine failed: {error!r}."), traceback.format_exc())
+    finally:
+        if log_file is not None:
+            log_file.close()
+
+
+def _build(connection: Connection, config: EngineConfig, factory: str) -> EngineParts:
+    module, _, function = factory.partition(":")
+    build = getattr(import_module(module), function)
+    parts = build(config, lambda text, fraction: connection.send(("progress", text, fraction)))
+    assert isinstance(parts, EngineParts)
+    return parts
+
+
+def _scheduler(parts: EngineParts, config: EngineConfig) -> Scheduler:
+    allocator = UniformAllocator(parts.group, parts.num_pages, parts.host_pages, config.enable_prefix_caching)
+    return Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids)
+
+
+def _report(connection: Connection, error: LLMToolError, trace: str) -> None:
+    if trace:
+        sys.stderr.write(trace)
+    try:
+        connection.send(("failed", error, trace))
+    except OSError:
+        sys.stderr.write(f"{error}\n")
+    sys.exit(error.exit_code)
+
+
+class _Loop:
+    def __init__(self, connection: Connection, engine: Engine) -> None:
+        self._connection = connection
+        self._engine = engine
+        self._closing = False
+        self._stats_due = 0.0
+
+    def run(self) -> None:
+        while not self._closing:
+            if not self._engine.has_work:
+                self._engine.scheduler.check()  # our own invariants, whenever there is time
+                self._send_stats()
+                self._handle(self._connection.recv())
+            while self._connection.poll():
+                self._handle(self._connection.recv())
+            if self._engine.has_work:
+                self._step()
+
+    def _handle(self, command: Command) -> None:
+        match command:
+            case ("add", request_id, prompt, params, priority, cache_salt, seed):
+                try:
+                    self._engine.add(
+                        request_id, prompt, params, priority=priority, cache_salt=cache_salt, seed=seed
+                    )
+                except LLMToolError as error:
+                    self._connection.send(("refused", request_id, error))
+                else:
+                    self._connection.send(("admitted", request_id))
+            case ("abort", request_id, index):
+                self._send(self._engine.abort(request_id, index), 0)
+            case ("reset",):
+                self._engine.scheduler.allocator.reset_cache()
+            case ("close",):
+                self._closing = True
+            case _:
+                raise AssertionError(f"unknown command {command[0]!r}")
+
+    def _step(self) -> None:
+        outputs = self._engine.step()
+        step = self._engine.last_step
+        self._send(outputs, step.num_tokens if step is not None else 0)
+        now = time.monotonic()
+        if now >= self._stats_due:
+            self._send_stats()
+            self._stats_due = now + STATS_INTERVAL
+
+    def _send(self, outputs: list[SequenceOutput], num_tokens: int) -> None:
+        # Most outputs are one token and nothing else: send them as bare tuples, which pickle much faster.
+        plain = [(o.request_id, o.index, o.token_ids) for o in outputs if _is_plain(o)]
+        rest = [o for o in outputs if not _is_plain(o)]
+        if outputs or num_tokens:
+            self._connection.send(("step", plain, rest, num_tokens))
+
+    def _send_stats(self) -> None:
+        self._connection.send(("stats", self._engine.stats))
+
+
+def _is_plain(output: SequenceOutput) -> bool:
+    return output.finish_reason is None and not output.logprobs and not output.num_prompt_tokens
