@@ -1,0 +1,31 @@
+"""What the load generator drives: anything that can run one request and write down what happened."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llmtool.workload.metrics import RequestRecord
+from llmtool.workload.requests import BenchRequest
+
+
+class Backend(Protocol):
+    """An HTTP server (client.py) or an engine in this process (inprocess.py)."""
+
+    @property
+    def description(self) -> str:
+        """What is measured, for the result file: a URL, or the engine's model."""
+        ...
+
+    async def generate(self, request: BenchRequest, record: RequestRecord) -> None:
+        """Runs one request to its end and fills in `record`; `record.start` on time.perf_counter's clock.
+
+        What goes wrong with the request becomes `record.error`, with `success` left False, never an
+        exception. Cancelling the call aborts the request.
+        """
+        ...
+
+    async def metrics_text(self) -> str | None:
+        """The server's Prometheus page, for counters over the run, or None where there is none."""
+        ...
+
+    async def close(self) -> None: ...

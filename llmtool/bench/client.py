@@ -1,0 +1,191 @@
+"""A streaming client of any OpenAI-compatible server: times chunks as they arrive and records every failure.
+
+TTFT runs from just before the request is handed to the connection (its body is serialised before that) and so
+includes connecting, which a client sees too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+
+from llmtool.bench.sse import StreamError, StreamParser, error_message
+from llmtool.errors import LLMToolError, UsageError
+from llmtool.workload.metrics import RequestRecord
+from llmtool.workload.requests import BenchRequest
+
+COMPLETIONS = "/v1/completions"
+CHAT = "/v1/chat/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientOptions:
+    """url: of the server, with or without a trailing /v1. fields: sampling and extra fields of every body.
+
+    timeout: seconds for one whole request. keep_text: record the generated text.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 6 * 3600.0
+    keep_text: bool = False
+
+
+def base_url(url: str) -> str:
+    """`url` without a trailing slash or /v1. UsageError if it is not HTTP."""
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(
+            f"{url!r} is not an http:// or https:// URL.", "For example --url http://127.0.0.1:8000."
+        )
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+class HttpBackend:
+    """Use as an async context manager, or call `close`; must be made inside a running event loop."""
+
+    def __init__(self, options: ClientOptions) -> None:
+        self._options = options
+        self._url = base_url(options.url)
+        key = options.api_key or os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._session = aiohttp.ClientSession(
+            # No limit: the load generator alone decides how many streams are open.
+            connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=None),
+            timeout=aiohttp.ClientTimeout(total=options.timeout, sock_connect=min(60.0, options.timeout)),
+            headers=headers | dict(options.headers),
+        )
+
+    async def __aenter__(self) -> HttpBackend:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    @property
+    def description(self) -> str:
+        return self._url
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    def body(self, request: BenchRequest) -> tuple[str, bytes]:
+        """(path, JSON body) of a request: chat messages go to the chat endpoint, the rest to completions."""
+        body: dict[str, Any] = {"model": self._options.model}
+        if request.messages is not None:
+            path, body["messages"] = CHAT, request.messages
+        else:
+            path, body["prompt"] = (
+                COMPLETIONS,
+                request.text if request.text is not None else request.token_ids,
+            )
+        body |= {"stream": True, "stream_options": {"include_usage": True}}
+        if request.max_tokens is not None:
+            body["max_tokens"] = request.max_tokens
+        body |= self._options.fields
+        body |= request.extra
+        return path, json.dumps(body, separators=(",", ":")).encode()
+
+    async def generate(self, request: BenchRequest, record: RequestRecord) -> None:
+        path, body = self.body(request)
+        parser = StreamParser(self._options.keep_text)
+        headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
+        record.start = time.perf_counter()
+        try:
+            async with self._session.post(self._url + path, data=body, headers=headers) as response:
+                if response.status != 200:
+                    record.error = await _http_error(response)
+                elif response.content_type != "text/event-stream":
+                    record.error = f"the answer is no event stream but {response.content_type}"
+                else:
+                    # iter_any hands on what has arrived, uncopied; lines would cost a wake-up each.
+                    async for data in response.content.iter_any():
+                        parser.feed(data, time.perf_counter())
+                    parser.close(time.perf_counter())
+        except (TimeoutError, aiohttp.ClientError, OSError, StreamError) as e:
+            record.error = _sentence(e)
+        fill(record, parser, request, time.perf_counter())
+
+    async def metrics_text(self) -> str | None:
+        try:
+            timeout = aiohttp.ClientTimeout(total=5)
+            async with self._session.get(self._url + "/metrics", timeout=timeout) as response:
+                return await response.text() if response.status == 200 else None
+        except (TimeoutError, aiohttp.ClientError, OSError, UnicodeDecodeError):
+            return None
+
+
+def fill(record: RequestRecord, parser: StreamParser, request: BenchRequest, now: float) -> None:
+    """Writes what the stream brought into the record and decides whether the request succeeded."""
+    record.error = record.error or parser.error
+    if not record.error and not (parser.done or parser.finish_reason):
+        record.error = "the stream ended without a finish reason or [DONE]"
+    if not record.error and parser.end is None:
+        record.error = "the stream brought neither output nor a finish reason"
+    record.success = not record.error
+    end = parser.end if record.success and parser.end is not None else now
+    # A stream whose only tokens have no text (an end token at once) is timed by its finish reason.
+    first = parser.first if parser.first is not None else end
+    record.ttft = first - record.start if record.success or parser.first is not None else 0.0
+    record.itls = parser.itls
+    record.e2e = end - record.start
+    record.finish_reason = parser.finish_reason
+    record.text = parser.text
+    usage = parser.usage
+    record.counted = isinstance(usage.get("completion_tokens"), int)
+    record.output_tokens = usage["completion_tokens"] if record.counted else parser.chunks
+    prompt_tokens = usage.get("prompt_tokens")
+    record.prompt_tokens = prompt_tokens if isinstance(prompt_tokens, int) else (request.prompt_len or 0)
+    details = usage.get("prompt_tokens_details")
+    if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
+        record.cached_tokens = details["cached_tokens"]
+
+
+async def _http_error(response: aiohttp.ClientResponse) -> str:
+    raw = (await response.content.read(64 * 1024)).decode("utf-8", "replace")
+    try:
+        message = error_message(json.loads(raw))
+    except json.JSONDecodeError:
+        message = raw[:500]
+    return f"HTTP {response.status}: {message}".rstrip(": ")
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, asyncio.TimeoutError):
+        return f"timed out ({type(error).__name__})"
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+async def served_models(url: str, api_key: str | None = None, timeout: float = 10.0) -> list[str]:
+    """Names under /v1/models. LLMToolError if the server cannot be reached or answers something else."""
+    key = api_key or os.environ.get("OPENAI_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    address = base_url(url) + "/v1/models"
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=timeout), headers=headers) as session,
+            session.get(address) as response,
+        ):
+            if response.status != 200:
+                raise LLMToolError(
+                    f"{address} answers {await _http_error(response)}.", "Check --url and --api-key."
+                )
+            models = json.loads(await response.text())
+            return [str(model["id"]) for model in models["data"]]
+    except (TimeoutError, aiohttp.ClientError, OSError) as e:
+        raise LLMToolError(
+            f"No server answers at {url}: {_sentence(e)}.", "Start one, or check --url."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise LLMToolError(
+            f"{address} is no list of models.", "Is --url an OpenAI-compatible server?"
+        ) from None

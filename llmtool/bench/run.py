@@ -1,0 +1,164 @@
+"""`run_bench`: one bench invocation from a configuration to a result. No printing: progress goes to a
+callback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Coroutine, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+
+from llmtool.bench.backend import Backend
+from llmtool.bench.client import ClientOptions, HttpBackend, served_models
+from llmtool.bench.config import BenchConfig
+from llmtool.bench.counters import growth, read_counters
+from llmtool.bench.environment import hardware, versions
+from llmtool.bench.load import LoadOutcome, ProgressCallback, run_load
+from llmtool.bench.prepare import build_offsets, build_requests, build_warmups
+from llmtool.bench.result import BenchResult, RunResult, make_run
+from llmtool.bench.sweep import find_knee, sweep
+from llmtool.errors import LLMToolError, UsageError
+from llmtool.workload.metrics import summarize
+from llmtool.workload.requests import BenchRequest, Tokenizer
+
+T = TypeVar("T")
+
+
+async def connect(config: BenchConfig, api_key: str | None = None) -> tuple[BenchConfig, HttpBackend]:
+    """A backend for `config.url`, and the configuration with the model's name filled in from the server.
+
+    LLMToolError when no server answers there, UsageError when it does not serve `config.model`.
+    """
+    if not config.url:
+        raise UsageError("There is no server to connect to.", "Give --url.")
+    url = config.url
+    names = await served_models(url, api_key)
+    if config.model is None:
+        if not names:
+            raise LLMToolError(f"{config.url} serves no model.", "Give one with --model.")
+        config = replace(config, model=names[0])
+    elif names and config.model not in names:
+        raise UsageError(f"{config.url} does not serve {config.model!r}.", f"It serves {', '.join(names)}.")
+    options = ClientOptions(
+        url=url,
+        model=config.model or "",
+        api_key=api_key,
+        fields=config.body_fields(),
+        timeout=config.timeout,
+        keep_text=config.save_text,
+    )
+    return config, HttpBackend(options)
+
+
+async def run_bench(
+    config: BenchConfig,
+    backend: Backend,
+    tokenizer: Tokenizer | None = None,
+    progress: ProgressCallback | None = None,
+    gpu: str | None = None,
+) -> BenchResult:
+    """Warms up, then runs the load once, at every rate of a sweep, or in search of the knee.
+
+    tokenizer: needed where prompts are made or measured. gpu: what to call the accelerator in the result.
+    Failed requests are in the result; LLMToolError where the configuration is wrong or no warm-up request
+    succeeds.
+    """
+    # Tokenizing a corpus takes a second or asks a server: not on the event loop.
+    requests = await asyncio.to_thread(build_requests, config, tokenizer)
+    warmups = await asyncio.to_thread(build_warmups, config, tokenizer)
+    bench = _Bench(config, backend, requests, progress)
+    await bench.warm_up(warmups)
+    load, knee = config.load, None
+    if load.search_knee:
+        kind = "knee"
+        runs, found = await find_knee(bench.measure, load)
+        knee = found.as_dict()
+    elif load.request_rates:
+        kind, runs = "sweep", await sweep(bench.measure, load.request_rates)
+    else:
+        kind, runs = "run", [await bench.measure(None)]
+    return BenchResult(
+        kind=kind,
+        runs=tuple(runs),
+        config=config.as_dict(),
+        backend=backend.description,
+        model=config.model or "",
+        seed=config.seed,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        hardware=hardware(gpu),
+        versions=versions(),
+        label=config.label,
+        knee=knee,
+    )
+
+
+class _Bench:
+    """What the runs of one invocation share."""
+
+    def __init__(
+        self,
+        config: BenchConfig,
+        backend: Backend,
+        requests: Sequence[BenchRequest],
+        progress: ProgressCallback | None,
+    ) -> None:
+        self._config = config
+        self._backend = backend
+        self._requests = list(requests)
+        self._progress = progress
+
+    async def warm_up(self, warmups: Sequence[BenchRequest]) -> None:
+        """All at once. If every one fails, so would the run: better one clear error than a table of zeros."""
+        if not warmups:
+            return
+        limit = self._config.load.max_concurrency
+        outcome = await self._load(warmups, [0.0] * len(warmups), limit, None, "warm-up")
+        if not any(r.success for r in outcome.records):
+            error = outcome.records[0].error
+            raise LLMToolError(
+                f"The first request failed: {error}", "See the server's log, or check the flags."
+            )
+
+    async def measure(self, rate: float | None) -> RunResult:
+        """One run; rate: of a sweep or search, None for the load as configured."""
+        config, load = self._config, self._config.load
+        offsets = build_offsets(load, self._requests, config.seed, rate)
+        phase = "bench" if rate is None else f"{rate:.3g}/s" if math.isfinite(rate) else "all at once"
+        before = read_counters(await self._backend.metrics_text())
+        outcome = await self._load(self._requests, offsets, load.max_concurrency, load.duration, phase)
+        server = growth(before, read_counters(await self._backend.metrics_text()))
+        metrics = await asyncio.to_thread(
+            summarize, outcome.records, outcome.duration, config.slos, config.metric_percentiles, config.seed
+        )
+        offered = rate if rate is not None else load.request_rate
+        return make_run(offered, metrics, outcome.records, outcome.client, server, config.save_text)
+
+    async def _load(
+        self,
+        requests: Sequence[BenchRequest],
+        offsets: Any,
+        limit: int | None,
+        duration: float | None,
+        phase: str,
+    ) -> LoadOutcome:
+        try:
+            return await run_load(self._backend, requests, offsets, limit, duration, self._progress, phase)
+        except BaseExceptionGroup as group:
+            # A request's task can only fail on what is wrong for all: show that, not the group.
+            error = group.exceptions[0]
+            if isinstance(error, LLMToolError):
+                raise error from None
+            raise
+
+
+def run_blocking(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run on uvloop where it is installed: less CPU time per chunk and more punctual timers."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(main)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main)
