@@ -1,0 +1,188 @@
+"""The HTTP application: routes, their documentation, middleware. Everything it needs is handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from llmtool.config import ServerConfig
+from llmtool.models.tokenizer import Tokenizer
+from llmtool.serve.chat import ChatCall
+from llmtool.serve.completions import CompletionCall
+from llmtool.serve.context import ServeContext
+from llmtool.serve.errors import add_error_handlers, documented, envelope
+from llmtool.serve.metrics import ServerMetrics
+from llmtool.serve.middleware import ApiKey, BodyLimit, RequestId
+from llmtool.serve.ports import Engine
+from llmtool.serve.protocol.chat import ChatRequest, ChatResponse
+from llmtool.serve.protocol.completions import CompletionRequest, CompletionResponse
+from llmtool.serve.protocol.service import (
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ModelCard,
+    ModelList,
+    Status,
+    TokenizeRequest,
+    TokenizeResponse,
+    Version,
+)
+from llmtool.serve.sse import ClientGone
+from llmtool.serve.structured import GrammarChecker
+from llmtool.serve.tokens import detokenize, tokenize
+from llmtool.version import __version__
+
+CLIENT_CLOSED = 499  # nginx's number; nobody reads it but the access log
+_SSE: dict[str, Any] = {
+    "description": "The answer, or with stream=true its chunks.",
+    "content": {"text/event-stream": {}},
+}
+
+
+def create_app(
+    engine: Engine, tokenizer: Tokenizer, config: ServerConfig, *, send_timeout: float = 30.0
+) -> FastAPI:
+    """The application over a started engine. `app.state.context` is its `ServeContext`.
+
+    send_timeout: seconds a client may leave a stream unread before it is dropped.
+    """
+    info = engine.info
+    context = ServeContext(
+        engine=engine,
+        tokenizer=tokenizer,
+        config=config,
+        metrics=ServerMetrics(engine, config.metrics_compat),
+        check_grammar=GrammarChecker(tokenizer, info.vocab_size, info.eos_token_ids),
+        send_timeout=send_timeout,
+    )
+    app = FastAPI(
+        title="llmtool serve", version=__version__, description="An OpenAI-compatible server of one model."
+    )
+    app.state.context = context
+    app.router.route_class = JsonRoute
+    _add_generation(app, context)
+    _add_tokens(app, context)
+    _add_service(app, context)
+    add_error_handlers(app)
+    app.add_exception_handler(ClientGone, _on_client_gone)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
+    if config.api_key:
+        app.add_middleware(ApiKey, key=config.api_key)
+    app.add_middleware(RequestId)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
+    return app
+
+
+class StrictJsonRequest(Request):
+    """Bodies are parsed by pydantic's parser: UTF-8 only, bounded depth, no NaN, and errors that say where."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            try:
+                self._json = from_json(await self.body(), allow_inf_nan=False)
+            except ValueError as e:
+                raise HTTPException(400, f"The body is not valid JSON: {e}.") from None
+        return self._json
+
+
+class JsonRoute(APIRoute):
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(StrictJsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return JSONResponse(envelope(CLIENT_CLOSED, "The client closed the connection."), CLIENT_CLOSED)
+
+
+def _add_generation(app: FastAPI, context: ServeContext) -> None:
+    errors = documented(400, 401, 404, 413, 415, 429, 503)
+
+    @app.post(
+        "/v1/completions",
+        response_model=None,
+        responses={200: {"model": CompletionResponse, **_SSE}, **errors},
+        tags=["OpenAI"],
+    )
+    async def create_completion(body: CompletionRequest, request: Request) -> Response:
+        return await CompletionCall(context, body).run(request)
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses={200: {"model": ChatResponse, **_SSE}, **errors},
+        tags=["OpenAI"],
+    )
+    async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+        return await ChatCall(context, body).run(request)
+
+    @app.get("/v1/models", responses=documented(401), tags=["OpenAI"])
+    async def list_models() -> ModelList:
+        return ModelList(data=[_card(context)])
+
+    @app.get("/v1/models/{model:path}", responses=documented(401, 404), tags=["OpenAI"])
+    async def show_model(model: str) -> ModelCard:
+        context.check_model(model)
+        return _card(context)
+
+
+def _card(context: ServeContext) -> ModelCard:
+    info = context.engine.info
+    return ModelCard(
+        id=context.model_name, created=context.created, root=info.model, max_model_len=info.max_model_len
+    )
+
+
+def _add_tokens(app: FastAPI, context: ServeContext) -> None:
+    errors = documented(400, 401, 404, 413, 415)
+
+    @app.post("/tokenize", responses=errors, response_model_exclude_none=True, tags=["tokens"])
+    async def tokenize_text(body: TokenizeRequest) -> TokenizeResponse:
+        return await tokenize(context, body)
+
+    @app.post("/detokenize", responses=errors, tags=["tokens"])
+    async def detokenize_tokens(body: DetokenizeRequest) -> DetokenizeResponse:
+        return await detokenize(context, body)
+
+
+def _add_service(app: FastAPI, context: ServeContext) -> None:
+    @app.get("/health", responses=documented(503), tags=["operations"])
+    async def health() -> Status:
+        """503 once the engine is dead: restart this server."""
+        context.check_alive()
+        return Status(status="ok")
+
+    @app.get("/ready", responses=documented(503), tags=["operations"])
+    async def ready() -> Status:
+        """503 while the server drains or the engine is dead: send requests elsewhere."""
+        context.check_serving()
+        return Status(status="ready")
+
+    @app.get("/version", tags=["operations"])
+    async def version() -> Version:
+        return Version(version=__version__)
+
+    @app.get(
+        "/metrics", response_model=None, tags=["operations"], responses={200: {"content": {"text/plain": {}}}}
+    )
+    async def metrics() -> Response:
+        return Response(context.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

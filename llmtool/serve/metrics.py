@@ -1,0 +1,190 @@
+"""Prometheus metrics under the names dashboards already know (vLLM's), plus ours. One registry per server.
+
+Engine gauges and totals are read from the engine's latest snapshot when scraped, so they cost nothing in between;
+latencies are observed per request. Histogram boundaries are vLLM's, so that queries and panels fit as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from llmtool.core.request import RequestTimes, SamplingParams
+from llmtool.serve.ports import Engine
+
+# fmt: off
+TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+                40.0, 80.0, 160.0, 640.0, 2560.0)
+TOKEN_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+                 40.0, 80.0)
+REQUEST_BUCKETS = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0,
+                   480.0, 960.0, 1920.0, 7680.0)
+STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+N_BUCKETS = (1, 2, 5, 10, 20)
+# fmt: on
+
+
+def one_two_five(limit: int) -> tuple[int, ...]:
+    """1, 2, 5, 10, 20, 50, ... up to and including the last one <= limit."""
+    buckets: list[int] = []
+    power = 1
+    while power <= limit:
+        buckets += [m * power for m in (1, 2, 5) if m * power <= limit]
+        power *= 10
+    return tuple(buckets)
+
+
+class ServerMetrics:
+    """compat: vllm | none, the prefix of the shared names is "vllm:" or "llmtool:"."""
+
+    def __init__(self, engine: Engine, compat: str = "vllm") -> None:
+        self.registry = CollectorRegistry(auto_describe=False)
+        model = engine.info.served_model_name
+        prefix = "vllm:" if compat == "vllm" else "llmtool:"
+        lengths = one_two_five(engine.info.max_model_len)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            family = Histogram(prefix + name, text, ["model_name"], buckets=buckets, registry=self.registry)
+            return family.labels(model)
+
+        self.ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
+        self.itl = histogram(
+            "inter_token_latency_seconds", "Time between outputs of an answer.", TOKEN_BUCKETS
+        )
+        self.tpot = histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time per output token after the first.",
+            TOKEN_BUCKETS,
+        )
+        self.e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", REQUEST_BUCKETS)
+        self.queue = histogram("request_queue_time_seconds", "Arrival to first step.", REQUEST_BUCKETS)
+        self.prompt = histogram("request_prompt_tokens", "Prompt tokens per request.", lengths)
+        self.generation = histogram("request_generation_tokens", "Output tokens per answer.", lengths)
+        engine.on_step = histogram(
+            "iteration_tokens_total", "Batched tokens per engine step.", STEP_BUCKETS
+        ).observe
+        self.n = histogram("request_params_n", "The n of requests.", N_BUCKETS)
+        self._success = Counter(
+            prefix + "request_success",
+            "Finished answers.",
+            ["model_name", "finished_reason"],
+            registry=self.registry,
+        )
+        self._model = model
+        for reason in ("stop", "length", "abort", "error"):
+            self._success.labels(model, reason)  # dashboards want the series to exist at zero
+        self.registry.register(EngineCollector(engine, prefix))
+
+    def observe(self, num_prompt_tokens: int, params: SamplingParams) -> RequestObserver:
+        return RequestObserver(self, num_prompt_tokens, params)
+
+    def finished(self, reason: str) -> None:
+        self._success.labels(self._model, reason).inc()
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+
+class RequestObserver:
+    """One engine request's latencies. Times come from the engine where it reports them, else from here."""
+
+    def __init__(self, metrics: ServerMetrics, num_prompt_tokens: int, params: SamplingParams) -> None:
+        self._metrics = metrics
+        self._arrival = time.monotonic()
+        self._first: dict[int, float] = {}  # by answer
+        self._last: dict[int, float] = {}
+        self._tokens: dict[int, int] = {}
+        self._open = params.n
+        metrics.prompt.observe(num_prompt_tokens)
+        metrics.n.observe(params.n)
+
+    def tokens(self, index: int, count: int) -> None:
+        if count == 0:
+            return
+        now = time.monotonic()
+        if index in self._last:
+            self._metrics.itl.observe(now - self._last[index])
+        else:
+            if not self._first:
+                self._metrics.ttft.observe(now - self._arrival)
+            self._first[index] = now
+        self._last[index] = now
+        self._tokens[index] = self._tokens.get(index, 0) + count
+
+    def finished(self, index: int, reason: str, times: RequestTimes | None) -> None:
+        metrics, count = self._metrics, self._tokens.get(index, 0)
+        self._open -= 1
+        metrics.finished(reason)
+        metrics.generation.observe(count)
+        if times is not None and times.first_token >= 0:
+            first, end = times.first_token - times.arrival, times.finished - times.arrival
+        else:  # a stop string: the engine did not end this answer by itself
+            first, end = (
+                self._first.get(index, self._arrival) - self._arrival,
+                time.monotonic() - self._arrival,
+            )
+        metrics.e2e.observe(end)
+        if count > 1:
+            metrics.tpot.observe((end - first) / (count - 1))
+        if index == 0 and times is not None and times.first_scheduled >= 0:
+            metrics.queue.observe(times.first_scheduled - times.arrival)
+
+    def aborted(self, reason: str = "abort") -> None:
+        """What is unfinished ends here."""
+        for _ in range(self._open):
+            self._metrics.finished(reason)
+        self._open = 0
+
+
+class EngineCollector(Collector):
+    """The engine's snapshot as metric families, made when asked."""
+
+    def __init__(self, engine: Engine, prefix: str) -> None:
+        self._engine = engine
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Metric]:
+        stats, prefix = self._engine.stats, self._prefix
+        model = [self._engine.info.served_model_name]
+        for name, text, value in (
+            ("num_requests_running", "Sequences in the running batch.", stats.num_running),
+            ("num_requests_waiting", "Sequences waiting for admission.", stats.num_waiting),
+            ("kv_cache_usage_perc", "Part of the KV pages in use, 0 to 1.", stats.kv_usage),
+        ):
+            gauge = GaugeMetricFamily(prefix + name, text, labels=["model_name"])
+            gauge.add_metric(model, value)
+            yield gauge
+        for name, text, value in (
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            ("num_preemptions", "Sequences that lost their pages and had to wait.", stats.preemptions),
+            ("prompt_tokens", "Prompt tokens computed or found.", stats.prompt_tokens),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens),
+        ):
+            counter = CounterMetricFamily(prefix + name, text, labels=["model_name"])
+            counter.add_metric(model, value)
+            yield counter
+        yield from self._ours(model)
+
+    def _ours(self, model: list[str]) -> Iterator[Metric]:
+        stats = self._engine.stats
+        pages = GaugeMetricFamily("llmtool:kv_pages", "KV pages by state.", labels=["model_name", "state"])
+        free = stats.pages_total - stats.pages_used - stats.pages_cached
+        for state, count in (("used", stats.pages_used), ("cached", stats.pages_cached), ("free", free)):
+            pages.add_metric([*model, state], count)
+        yield pages
+        alive = GaugeMetricFamily("llmtool:engine_alive", "1 while the engine runs.", labels=["model_name"])
+        alive.add_metric(model, 0 if self._engine.dead else 1)
+        yield alive
+        for name, text, value in (
+            ("engine_steps", "Committed engine steps.", stats.steps),
+            ("swapped_pages", "Pages moved between device and host.", stats.swapped_pages),
+            ("copied_pages", "Pages copied on write.", stats.copied_pages),
+        ):
+            counter = CounterMetricFamily(f"llmtool:{name}", text, labels=["model_name"])
+            counter.add_metric(model, value)
+            yield counter

@@ -1,0 +1,69 @@
+"""What the server needs from an engine; `llmtool.runtime.async_engine.AsyncEngine` is the real one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Protocol
+
+from llmtool.core.request import SamplingParams, SequenceOutput
+from llmtool.core.stats import EngineStats
+from llmtool.errors import LLMToolError
+
+
+class EngineInfo(Protocol):
+    """Facts about the running engine; the served ones only."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def served_model_name(self) -> str: ...
+    @property
+    def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+
+class RequestStream(Protocol):
+    """Outputs of one admitted request until all its answers are finished. Raises EngineDead."""
+
+    def __aiter__(self) -> AsyncIterator[SequenceOutput]: ...
+
+    def abort(self, index: int | None = None) -> None:
+        """Synchronous, idempotent and cheap."""
+        ...
+
+
+class Engine(Protocol):
+    @property
+    def info(self) -> EngineInfo: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    @property
+    def dead(self) -> LLMToolError | None: ...
+
+    on_step: Callable[[int], None] | None
+    """Called with the number of batched tokens of every committed step."""
+
+    async def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> RequestStream:
+        """Returns once admitted. Raises RequestTooLong, RequestError, QueueFull, EngineDead."""
+        ...
+
+    async def wait_dead(self) -> LLMToolError:
+        """Returns when the engine can serve no more, with the reason."""
+        ...
+
+    async def drain(self, timeout: float) -> bool:
+        """Refuse new requests, wait for the running ones, abort what is left. True when nothing was."""
+        ...
+
+    async def close(self) -> None: ...
