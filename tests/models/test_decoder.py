@@ -1,0 +1,114 @@
+"""Our decoder against transformers' models, on tiny random models of every family and on SmolLM2."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from llmtool.models.loader import load
+from llmtool.models.tokenizer import Tokenizer
+from llmtool.modelspec import ModelSpec
+from tests.models.conftest import FAMILIES
+from tests.models.paged import PagedSequences
+
+Tiny = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
+PROMPT = torch.randint(0, 97, (37,), generator=torch.Generator().manual_seed(5)).tolist()
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def pair(request: pytest.FixtureRequest, tiny: Tiny) -> tuple[torch.Tensor, PagedSequences]:
+    """(transformers' logits of PROMPT [37, vocab], our model with empty pages)."""
+    reference, directory = tiny(request.param)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([PROMPT])).logits[0]
+    assert expected.std() > 0.1  # a comparison of near-constants would prove nothing
+    return expected, PagedSequences(load(directory, torch.float32))
+
+
+def test_logits_of_a_whole_prompt(pair: tuple[torch.Tensor, PagedSequences]) -> None:
+    expected, ours = pair
+    (logits,) = ours.step({"a": PROMPT})
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_logits_token_by_token(pair: tuple[torch.Tensor, PagedSequences]) -> None:
+    expected, ours = pair
+    logits = torch.cat([ours.step({"a": [token]})[0] for token in PROMPT])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_logits_in_chunks_among_other_sequences(pair: tuple[torch.Tensor, PagedSequences]) -> None:
+    """Two copies at different paces and a stranger in every step: none of them sees another."""
+    expected, ours = pair
+    rng = random.Random(2)
+    got: dict[str, list[torch.Tensor]] = {"a": [], "b": []}
+    left = {"a": list(PROMPT), "b": list(PROMPT)}
+    while any(left.values()):
+        chunks: dict[str, list[int]] = {"stranger": [rng.randrange(97) for _ in range(rng.choice([1, 3]))]}
+        for name, tokens in left.items():
+            n = min(len(tokens), rng.choice([0, 1, 1, 2, 9]))
+            if n:
+                chunks[name], left[name] = tokens[:n], tokens[n:]
+        for name, logits in zip(chunks, ours.step(chunks), strict=True):
+            got.setdefault(name, []).append(logits)
+    for name in ("a", "b"):
+        torch.testing.assert_close(torch.cat(got[name]), expected, atol=1e-4, rtol=0)
+
+
+def test_bfloat16_stays_near_float32(tiny: Tiny) -> None:
+    reference, directory = tiny("qwen3")
+    with torch.inference_mode():
+        expected = copy.deepcopy(reference).bfloat16()(torch.tensor([PROMPT])).logits[0].float()
+    model = load(directory, torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    (logits,) = PagedSequences(model).step({"a": PROMPT})
+    assert (logits - expected).abs().mean() < 0.02 * expected.abs().mean() + 0.02
+
+
+def test_parameter_counts(tiny: Tiny) -> None:
+    for name in FAMILIES:
+        reference, directory = tiny(name)
+        spec = ModelSpec.from_dir(directory)
+        assert spec.num_parameters == sum(p.numel() for p in reference.parameters()), name
+        assert spec.weight_bytes("bfloat16") == 2 * spec.num_parameters
+
+
+def test_smollm2_generates_what_transformers_generates(smollm2: Path) -> None:
+    tokenizer = Tokenizer.from_dir(smollm2)
+    messages = [{"role": "user", "content": "Write one sentence about the sea."}]
+    ids = tokenizer.apply_chat_template(messages).token_ids
+    reference = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    prompt = torch.tensor([ids])
+    mask = torch.ones_like(prompt)
+    generated = reference.generate(prompt, attention_mask=mask, max_new_tokens=20, do_sample=False)[
+        0, len(ids) :
+    ].tolist()
+    del reference
+    ours = PagedSequences(load(smollm2, torch.float32), tokens_per_page=16, num_pages=8)
+    output, chunk = [], ids
+    while len(output) < len(generated):
+        (logits,) = ours.step({"a": chunk})
+        chunk = [int(logits[-1].argmax())]
+        output += chunk
+    assert output == generated
+    assert len(tokenizer.decode(output).split()) > 5
+
+
+def test_smollm2_answers_and_stops(smollm2: Path) -> None:
+    tokenizer = Tokenizer.from_dir(smollm2)
+    model = load(smollm2, torch.bfloat16)
+    question = [{"role": "user", "content": "What is the capital of France? Answer briefly."}]
+    ours = PagedSequences(model, tokens_per_page=16, num_pages=8)
+    chunk, output = tokenizer.apply_chat_template(question).token_ids, []
+    while not output or (output[-1] not in model.spec.eos_ids and len(output) < 12):
+        chunk = [int(ours.step({"a": chunk})[0][-1].argmax())]
+        output += chunk
+    assert tokenizer.id_to_piece(output[-1]) == "<|im_end|>"
+    assert "Paris" in tokenizer.decode(output)

@@ -1,0 +1,120 @@
+"""Loading: shards, dtypes, broken directories, dummy weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from llmtool.errors import ModelError
+from llmtool.models.loader import load, targets
+from tests.models.paged import PagedSequences
+
+Tiny = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
+
+
+@pytest.fixture
+def directory(tiny: Tiny, tmp_path: Path) -> Path:
+    """A copy of a saved model that a test may break."""
+    return Path(shutil.copytree(tiny("qwen2")[1], tmp_path / "model"))
+
+
+def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_sharded_weights_are_the_same(tiny: Tiny, tmp_path: Path) -> None:
+    reference, single = tiny("qwen3-biased")
+    reference.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    reports: list[tuple[int, int]] = []
+    sharded = load(tmp_path, torch.float32, progress=lambda done, total: reports.append((done, total)))
+    ids = [3, 1, 4, 1, 5]
+    expected = PagedSequences(load(single, torch.float32)).step({"a": ids})[0]
+    assert torch.equal(PagedSequences(sharded).step({"a": ids})[0], expected)
+    size = sharded.spec.weight_bytes("float32")
+    assert reports[0] == (0, size)
+    assert reports[-1] == (size, size)
+    assert reports == sorted(reports)
+
+
+def test_a_missing_shard_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    tiny("llama")[0].save_pretrained(tmp_path, max_shard_size="30KB")
+    victim = sorted(tmp_path.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(ModelError, match=victim.name):
+        load(tmp_path, torch.float32)
+
+
+def test_every_problem_is_named_at_once(directory: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        tensors["model.layers.0.self_attn.q_proj.lora"] = torch.zeros(1)
+        tensors["model.norm.weight"] = torch.zeros(7)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(3)  # old exporters': harmless
+
+    edit(directory, change)
+    with pytest.raises(ModelError) as error:
+        load(directory, torch.float32)
+    assert "missing: model.layers.1.mlp.up_proj.weight;" in error.value.message
+    assert "unexpected: model.layers.0.self_attn.q_proj.lora;" in error.value.message
+    assert "model.norm.weight is [7], config.json asks for [48]" in error.value.message
+
+
+def test_a_tied_head_that_was_saved_all_the_same_is_no_error(directory: Path) -> None:
+    edit(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    model = load(directory, torch.float32)
+    assert model.weights.lm_head is model.weights.embedding
+
+
+def test_directories_without_readable_weights(directory: Path) -> None:
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ModelError, match="not a readable safetensors"):
+        load(directory, torch.float32)
+    weights.unlink()
+    with pytest.raises(ModelError, match="holds no"):
+        load(directory, torch.float32)
+    (directory / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        load(directory, torch.float32)
+
+
+@pytest.mark.parametrize("family", ["smollm", "llama-biased", "qwen2", "qwen3"])
+def test_dummy_weights_need_only_a_config_and_follow_the_seed(
+    tiny: Tiny, tmp_path: Path, family: str
+) -> None:
+    shutil.copy(tiny(family)[1] / "config.json", tmp_path)
+    ids = list(range(10))
+    first, second, other = (
+        PagedSequences(load(tmp_path, torch.float32, load_format="dummy", seed=seed)).step({"a": ids})[0]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert first.isfinite().all()
+    assert len(set(first.argmax(-1).tolist())) > 2
+
+
+def test_targets_are_transformers_names_and_cover_all_memory(tiny: Tiny) -> None:
+    for family in ("llama", "llama-biased", "qwen2", "qwen3"):
+        reference, directory = tiny(family)
+        model = load(directory, torch.float32)
+        table = targets(model.spec, model.weights)
+        assert set(table) == {name for name, _ in reference.named_parameters()}
+        for name, parameter in reference.named_parameters():
+            assert torch.equal(table[name], parameter), name
+
+
+def test_the_index_may_be_nonsense(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weights": {}}))
+    with pytest.raises(ModelError, match="not a safetensors index"):
+        load(directory, torch.float32)

@@ -1,0 +1,222 @@
+"""ModelSpec from raw configurations, in both of transformers' spellings, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmtool.errors import ModelError
+from llmtool.modelspec import ModelSpec, RopeSpec
+
+LLAMA_31_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+QWEN25_7B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "hidden_act": "silu",
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 28,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
+QWEN3_8B: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 40960,
+    "model_type": "qwen3",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 36,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
+MISTRAL_7B_V01: dict[str, Any] = {
+    "architectures": ["MistralForCausalLM"],
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "model_type": "mistral",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 32000,
+}
+# As published on the models' pages: parameters, and KV bytes per layer and token in bfloat16.
+PUBLISHED = [
+    (LLAMA_31_8B, 8_030_261_248, 4096),
+    (QWEN25_7B, 7_615_616_512, 2048),
+    (QWEN3_8B, 8_190_735_360, 4096),
+    (MISTRAL_7B_V01, 7_241_732_096, 4096),
+]
+
+
+@pytest.mark.parametrize(("config", "parameters", "kv_bytes"), PUBLISHED)
+def test_sizes_of_published_models(config: dict[str, Any], parameters: int, kv_bytes: int) -> None:
+    spec = ModelSpec.from_config(config)
+    assert spec.num_parameters == parameters
+    assert spec.weight_bytes("bfloat16") == 2 * parameters
+    assert spec.weight_bytes("float32") == 4 * parameters
+    caches = spec.layer_cache_specs(2)
+    assert [cache.layer for cache in caches] == list(range(config["num_hidden_layers"]))
+    assert {cache.bytes_per_token for cache in caches} == {kv_bytes}
+
+
+def test_llama_fields() -> None:
+    spec = ModelSpec.from_config(LLAMA_31_8B)
+    assert spec.family == "llama"
+    assert spec.head_dim == 128
+    assert spec.rope == RopeSpec(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert spec.eos_ids == (128001, 128008, 128009)
+    assert (spec.bos_id, spec.pad_id) == (128000, None)
+    assert spec.dtype == "bfloat16"
+    assert spec.max_positions == 131072
+    assert not (spec.qkv_bias or spec.o_bias or spec.mlp_bias or spec.qk_norm or spec.tied_embeddings)
+
+
+def test_family_traits() -> None:
+    qwen2, qwen3 = ModelSpec.from_config(QWEN25_7B), ModelSpec.from_config(QWEN3_8B)
+    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
+    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm) == (False, False, True)
+    biased = ModelSpec.from_config({**LLAMA_31_8B, "attention_bias": True, "mlp_bias": True})
+    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, True)
+
+
+@pytest.mark.parametrize("config", [LLAMA_31_8B, QWEN25_7B])
+def test_both_spellings_mean_the_same(config: dict[str, Any]) -> None:
+    new = dict(config)
+    scaling = new.pop("rope_scaling", None) or {"rope_type": "default"}
+    new["rope_parameters"] = {**scaling, "rope_theta": new.pop("rope_theta")}
+    new["dtype"] = new.pop("torch_dtype")
+    assert ModelSpec.from_config(new) == ModelSpec.from_config(config)
+
+
+def test_linear_rope_with_the_oldest_spelling() -> None:
+    spec = ModelSpec.from_config({**MISTRAL_7B_V01, "rope_scaling": {"type": "linear", "factor": 2}})
+    assert spec.rope == RopeSpec(10000.0, "linear", 2.0)
+
+
+def test_windows() -> None:
+    assert set(ModelSpec.from_config(MISTRAL_7B_V01).windows) == {4096}
+    assert set(ModelSpec.from_config({**MISTRAL_7B_V01, "sliding_window": None}).windows) == {None}
+    assert set(ModelSpec.from_config(QWEN25_7B).windows) == {None}
+    some = {**QWEN25_7B, "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 20}
+    assert ModelSpec.from_config(some).windows == (None,) * 20 + (100,) * 8
+    types = ["full_attention", "sliding_attention"] * 14
+    listed = ModelSpec.from_config({**some, "layer_types": types})
+    assert listed.windows == (None, 100) * 14
+    assert [c.kind for c in listed.layer_cache_specs(2)] == ["full", "sliding_window"] * 14
+
+
+def test_end_tokens_of_both_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN25_7B))
+    assert ModelSpec.from_dir(tmp_path).eos_ids == (151645,)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [151643, 151645]}))
+    assert ModelSpec.from_dir(tmp_path).eos_ids == (151643, 151645)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel does not run"),
+        ({"architectures": None, "model_type": "mamba"}, "mamba does not run"),
+        ({"hidden_size": None}, "hidden_size must be a positive integer, and is missing"),
+        ({"num_hidden_layers": "32"}, "num_hidden_layers must be a positive integer, and is '32'"),
+        ({"vocab_size": -5}, "vocab_size must be a positive integer, and is -5"),
+        ({"num_key_value_heads": 5}, r"\(32\) is not a multiple of num_key_value_heads \(5\)"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number, and is 'tiny'"),
+        ({"hidden_act": "gelu"}, "activation 'gelu' does not run"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' does not run"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a number, and is missing"),
+        ({"partial_rotary_factor": 0.5}, r"part of a head \(0\.5 of it\)"),
+    ],
+)
+def test_refusals_name_what_is_wrong(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        ModelSpec.from_config({**LLAMA_31_8B, **change})
+
+
+def test_layer_types_must_fit() -> None:
+    with pytest.raises(ModelError, match="28 layers, and has 2 entries with linear_attention"):
+        ModelSpec.from_config(
+            {**QWEN25_7B, "use_sliding_window": True, "layer_types": ["full_attention", "linear_attention"]}
+        )
+
+
+def test_an_unknown_architecture_lists_what_runs() -> None:
+    with pytest.raises(ModelError) as error:
+        ModelSpec.from_config({"architectures": ["MambaForCausalLM"]})
+    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in error.value.remedy
+
+
+def test_unreadable_directories(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        ModelSpec.from_dir(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="cannot be read as JSON"):
+        ModelSpec.from_dir(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match="must hold a JSON object"):
+        ModelSpec.from_dir(tmp_path)
+
+
+def test_needs_neither_torch_nor_transformers() -> None:
+    code = "import sys, llmtool.modelspec; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
