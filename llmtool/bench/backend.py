@@ -24,8 +24,8 @@ class Backend(Protocol):
         """
         ...
 
-    async def metrics_text(self) -> str | None:
-        """The server's Prometheus page, for counters over the run, or None where there is none."""
+    async def counters(self) -> dict[str, float]:
+        """What the server has counted so far (names of counters.COUNTERS); {} where it does not say."""
         ...
 
     async def close(self) -> None: ...

@@ -16,6 +16,7 @@ from typing import Any
 
 import aiohttp
 
+from llmtool.bench.counters import read_counters
 from llmtool.bench.sse import StreamError, StreamParser, error_message
 from llmtool.errors import LLMToolError, UsageError
 from llmtool.workload.metrics import RequestRecord
@@ -115,13 +116,13 @@ class HttpBackend:
             record.error = _sentence(e)
         fill(record, parser, request, time.perf_counter())
 
-    async def metrics_text(self) -> str | None:
+    async def counters(self) -> dict[str, float]:
         try:
             timeout = aiohttp.ClientTimeout(total=5)
             async with self._session.get(self._url + "/metrics", timeout=timeout) as response:
-                return await response.text() if response.status == 200 else None
+                return read_counters(await response.text()) if response.status == 200 else {}
         except (TimeoutError, aiohttp.ClientError, OSError, UnicodeDecodeError):
-            return None
+            return {}
 
 
 def fill(record: RequestRecord, parser: StreamParser, request: BenchRequest, now: float) -> None:

@@ -1,8 +1,7 @@
-"""What the server itself counted during a run: speculation, prefix cache, preemptions, from its /metrics
-page.
+"""What the server itself counted during a run: speculation, prefix cache, preemptions.
 
-Names are vLLM's, which `llmtool serve` exports too. A counter is reported as its growth over the run, summed
-over labels; anyone else's requests to the same server are in it.
+Names are those of vLLM's /metrics page, which `llmtool serve` has too. A counter is reported as its growth over
+the run, summed over labels; anyone else's requests to the same server are in it.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ COUNTERS = (
 )
 
 
-def read_counters(page: str | None) -> dict[str, float]:
+def read_counters(page: str) -> dict[str, float]:
     """The known counters of a Prometheus page, summed over labels; those it lacks are absent."""
     totals: dict[str, float] = {}
-    for line in _LINE.finditer(page or ""):
+    for line in _LINE.finditer(page):
         name = line["name"].removeprefix("vllm:")
         if name in COUNTERS:
             totals[name] = totals.get(name, 0.0) + float(line["value"])

@@ -1,6 +1,6 @@
 """An engine in this process as a bench backend: no HTTP, no JSON, the same load and the same metrics.
 
-The engine is duck-typed, so that bench imports no torch: llmtool.runtime.async_engine has the methods below.
+The engine is duck-typed, so that bench imports no torch: AsyncEngine of llmtool.runtime.async_engine fits.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from llmtool.core.request import FinishReason, SamplingParams, SequenceOutput
+from llmtool.core.stats import EngineStats
 from llmtool.errors import LLMToolError, UsageError
 from llmtool.workload.metrics import RequestRecord
 from llmtool.workload.requests import BenchRequest, ChatMessage
+
+
+class Stream(Protocol):
+    def __aiter__(self) -> AsyncIterator[SequenceOutput]: ...
+
+    def abort(self) -> None:
+        """Ends the request; harmless when it has ended already."""
+        ...
 
 
 class AsyncEngineLike(Protocol):
@@ -23,13 +32,15 @@ class AsyncEngineLike(Protocol):
         request_id: str,
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
+        *,
         priority: int = 0,
         cache_salt: str = "",
-    ) -> AsyncIterator[SequenceOutput]:
+    ) -> Stream:
         """The request's stream; raises LLMToolError when it is refused."""
         ...
 
-    async def abort(self, request_id: str) -> None: ...
+    @property
+    def stats(self) -> EngineStats: ...
 
 
 class PromptTokenizer(Protocol):
@@ -71,8 +82,15 @@ class EngineBackend:
     async def close(self) -> None:
         pass
 
-    async def metrics_text(self) -> str | None:
-        return None
+    async def counters(self) -> dict[str, float]:
+        stats = self._engine.stats
+        return {
+            "prefix_cache_queries": stats.prefix_queries,
+            "prefix_cache_hits": stats.prefix_hits,
+            "num_preemptions": stats.preemptions,
+            "prompt_tokens": stats.prompt_tokens,
+            "generation_tokens": stats.generation_tokens,
+        }
 
     def prompt(self, request: BenchRequest) -> Sequence[int]:
         if request.token_ids is not None:
@@ -94,20 +112,17 @@ class EngineBackend:
         tokens: list[int] = []
         record.prompt_tokens, record.counted = len(prompt), True
         record.start = last = time.perf_counter()
-        running = False
+        stream: Stream | None = None
         try:
             params = sampling_params(fields)
             stream = await self._engine.add(request_id, prompt, params, priority=priority, cache_salt=salt)
-            running = True
             async for output in stream:
                 last = self._note(output, record, tokens, last, time.perf_counter())
-            running = False
         except LLMToolError as e:
-            running = False
             record.error = str(e)
         finally:
-            if running:  # cancelled: the engine must not go on generating for nobody
-                await self._engine.abort(request_id)
+            if stream is not None:  # when cancelled, the engine must not go on generating for nobody
+                stream.abort()
         if not record.error and record.finish_reason is None:
             record.error = "the stream ended without a finish reason"
         record.success = not record.error

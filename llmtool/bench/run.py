@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from llmtool.bench.backend import Backend
 from llmtool.bench.client import ClientOptions, HttpBackend, served_models
 from llmtool.bench.config import BenchConfig
-from llmtool.bench.counters import growth, read_counters
+from llmtool.bench.counters import growth
 from llmtool.bench.environment import hardware, versions
 from llmtool.bench.load import LoadOutcome, ProgressCallback, run_load
 from llmtool.bench.prepare import build_offsets, build_requests, build_warmups
@@ -127,9 +127,9 @@ class _Bench:
         config, load = self._config, self._config.load
         offsets = build_offsets(load, self._requests, config.seed, rate)
         phase = "bench" if rate is None else f"{rate:.3g}/s" if math.isfinite(rate) else "all at once"
-        before = read_counters(await self._backend.metrics_text())
+        before = await self._backend.counters()
         outcome = await self._load(self._requests, offsets, load.max_concurrency, load.duration, phase)
-        server = growth(before, read_counters(await self._backend.metrics_text()))
+        server = growth(before, await self._backend.counters())
         metrics = await asyncio.to_thread(
             summarize, outcome.records, outcome.duration, config.slos, config.metric_percentiles, config.seed
         )

@@ -1,6 +1,6 @@
-"""A tokenizer for making prompts: from a directory's or hub id's tokenizer.json, or the server's own /tokenize.
+"""A tokenizer for making prompts: a model's own, or the server's through /tokenize. Neither imports torch.
 
-Neither needs transformers or torch. Both satisfy llmtool.workload.requests.Tokenizer.
+Both satisfy llmtool.workload.requests.Tokenizer; the model's own also tokenizes for an engine in this process.
 """
 
 from __future__ import annotations
@@ -14,39 +14,52 @@ from pathlib import Path
 from typing import Any
 
 from llmtool.bench.client import base_url
-from llmtool.errors import UsageError
+from llmtool.errors import ModelError, UsageError
+from llmtool.models.resolve import ALIASES, resolve
+from llmtool.models.tokenizer import Tokenizer
+from llmtool.workload.requests import ChatMessage
+
+_TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "*.jinja"]
 
 
-class JsonTokenizer:
-    """A Hugging Face tokenizer.json. path: the file, a directory that holds it, or a hub id."""
+class ModelTokenizer:
+    """A model's tokenizer (llmtool.models.tokenizer), both for making prompts and for running them in process."""
 
-    def __init__(self, path: str) -> None:
-        from tokenizers import Tokenizer
-
-        place = Path(path)
-        file = place / "tokenizer.json" if place.is_dir() else place
-        try:
-            self._tokenizer = (
-                Tokenizer.from_file(str(file)) if file.exists() else Tokenizer.from_pretrained(path)
-            )
-        # The library raises bare Exception for every bad file and network failure.
-        except Exception as e:
-            raise UsageError(
-                f"Cannot load a tokenizer from {path!r}: {e}.", "It needs a tokenizer.json."
-            ) from None
-        special = [i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
-        self.all_special_ids = tuple(special)
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self._tokenizer.get_vocab_size())
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self.all_special_ids = tuple(sorted(tokenizer.special_ids))
 
     def encode(self, text: str) -> Sequence[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def encode_prompt(self, text: str) -> Sequence[int]:
+        return self._tokenizer.encode(text, add_special_tokens=True)
+
+    def encode_chat(self, messages: Sequence[ChatMessage]) -> Sequence[int]:
+        return self._tokenizer.apply_chat_template(messages).token_ids
+
+
+def load_tokenizer(model: str) -> ModelTokenizer:
+    """Of a Hugging Face directory, GGUF file, alias or hub id; of the last only the tokenizer is fetched.
+
+    Raises ModelError when it cannot be found or read.
+    """
+    if Path(model).expanduser().exists() or model in ALIASES:
+        return ModelTokenizer(Tokenizer.from_dir(resolve(model)))
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = snapshot_download(model, allow_patterns=_TOKENIZER_FILES)
+    except (OSError, ValueError) as e:  # the hub's own errors are of these two kinds
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise ModelError(
+            f"Cannot get the tokenizer of {model!r}: {reason}", "Give --tokenizer DIR."
+        ) from None
+    return ModelTokenizer(Tokenizer.from_dir(directory))
 
 
 class ServerTokenizer:

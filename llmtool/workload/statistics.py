@@ -28,13 +28,18 @@ def resamples(n: int) -> int:
     return int(np.clip(20_000_000 // max(n, 1), 200, RESAMPLES))
 
 
+def chunk_rows(n: int) -> int:
+    """Resamples of n values that are held at once."""
+    return max(1, _CHUNK // max(n, 1))
+
+
 def block_indices(n: int, count: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
     """`count` resamples of range(n) by circular blocks, handed on in pieces of shape [some, n]."""
     length = block_length(n)
     blocks = -(-n // length)
     offsets = np.arange(length)
     while count > 0:
-        rows = min(count, max(1, _CHUNK // n))
+        rows = min(count, chunk_rows(n))
         starts = rng.integers(0, n, size=(rows, blocks))
         yield ((starts[:, :, None] + offsets) % n).reshape(rows, blocks * length)[:, :n]
         count -= rows
