@@ -35,7 +35,9 @@ def prompt(rng: random.Random, low: int = 1, high: int = 30) -> list[int]:
 @pytest.mark.parametrize("in_flight", [1, 3])
 @pytest.mark.parametrize("pages", [16, 24, 200])
 @pytest.mark.parametrize("caching", [True, False])
-def test_outputs_do_not_depend_on_the_batch(preemption: str, in_flight: int, pages: int, caching: bool) -> None:
+def test_outputs_do_not_depend_on_the_batch(
+    preemption: str, in_flight: int, pages: int, caching: bool
+) -> None:
     rng = random.Random(pages * 10 + in_flight)
     shared = prompt(rng, 12, 12)
     arrivals, want = [], {}

@@ -140,7 +140,7 @@ class UniformAllocator:
             return new + 1, index
         return new, None
 
-    def _extend(self, state: _Sequence, target: int) -> Extension:
+    def _extend(self, state: _Sequence, target: int) -> Extension | None:
         needed, shared = self._demand(state, target)
         if needed > self.available():
             raise OutOfPages(needed, self.available(), self.groups[0].name)
@@ -157,6 +157,8 @@ class UniformAllocator:
         if target > state.length:
             state.cow = False
             state.length = target
+        if not needed and not edits:
+            return None
         taken = [self._take() for _ in range(needed)]
         state.pages.extend(taken)
         return Extension((tuple([page * units for page in taken]),), edits, copies)
