@@ -112,7 +112,7 @@ class GrammarCompiler:
         matcher = fresh.deep_copy()
         problem = accept(matcher, output)
         if problem:
-            raise _refusal(grammar, problem)
+            raise RequestError(problem)
         return matcher
 
     def words(self, matchers: Sequence[LLMatcher]) -> NDArray[np.int32]:
@@ -126,8 +126,13 @@ def accept(matcher: LLMatcher, tokens: Sequence[int]) -> str:
         if matcher.is_stopped() and not matcher.is_error():
             return ""
         if not matcher.consume_token(token):
-            return f"the grammar does not allow token {token} ({_shorten(matcher.get_error())})"
+            return f"The grammar does not allow token {token}: {why_stopped(matcher)}."
     return ""
+
+
+def why_stopped(matcher: LLMatcher) -> str:
+    """Why a matcher is in its error state, in a line."""
+    return _shorten(matcher.get_error())
 
 
 def allowed_words(matchers: Sequence[LLMatcher], vocab_size: int) -> NDArray[np.int32]:

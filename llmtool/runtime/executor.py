@@ -1,0 +1,327 @@
+"""The torch executor: one scheduler decision in, one step of a real model run, its tokens out. And how an engine
+with it is put together from settings (`build_engine`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from llmtool.config import EngineConfig
+from llmtool.core.memory.geometry import uniform_group
+from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, StepResult
+from llmtool.core.request import SamplingParams, TokenLogprob
+from llmtool.errors import LLMToolError, RequestError
+from llmtool.models.decoder import Decoder, KVContext
+from llmtool.models.loader import load
+from llmtool.models.resolve import resolve
+from llmtool.models.tokenizer import Tokenizer
+from llmtool.runtime.batch import Ints, SequenceTable, StepInputs
+from llmtool.runtime.budget import activation_bytes, kv_budget
+from llmtool.runtime.device import device_memory, host_memory, pick_device, pick_dtype, set_threads
+from llmtool.runtime.kv_store import KVStore
+from llmtool.runtime.logprobs import ROWS_AT_ONCE, token_logprobs
+from llmtool.runtime.parts import EngineInfo, EngineParts, Progress
+from llmtool.runtime.sampler import GrammarMask, SamplingRows, sample
+from llmtool.runtime.structured import GrammarCompiler, accept, grammar_tokenizer, why_stopped
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What a step has produced so far."""
+
+    tokens: dict[str, int] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
+class TorchExecutor:
+    """Runs steps on a `Decoder` over a `KVStore`.
+
+    max_num_seqs, max_model_len: sizes of the persistent state. eos_token_ids: what min_tokens holds back.
+    grammars: makes the grammar compiler when the first sequence needs it; None refuses grammars. What a sequence
+    does wrong (bad token ids, a grammar that fails, NaN logits) ends that sequence, with an entry in
+    StepResult.errors, and nothing else.
+    """
+
+    max_in_flight = 1
+
+    def __init__(
+        self,
+        model: Decoder,
+        store: KVStore,
+        max_num_seqs: int,
+        max_model_len: int,
+        eos_token_ids: Sequence[int],
+        grammars: Callable[[], GrammarCompiler] | None = None,
+    ) -> None:
+        self.model = model
+        self.store = store
+        self._sequences = SequenceTable([store.group], max_num_seqs, max_model_len)
+        self._sampling = SamplingRows(max_num_seqs, model.spec.vocab_size, eos_token_ids, model.device)
+        self._layouts = store.layouts()
+        self._make_compiler = grammars
+        self._compiler: GrammarCompiler | None = None
+        self._matchers: dict[int, LLMatcher] = {}  # row -> its grammar's state
+        self._logprobs: dict[int, int] = {}  # row -> how many of the best tokens to list
+        self._prompt_logprobs: dict[int, int] = {}  # the same, for rows whose prompt is asked about
+        self._failed: dict[str, str] = {}  # sequences that may not run any more, until they are forgotten
+        self._results: deque[StepResult] = deque()
+
+    # -- the port ------------------------------------------------------------------------------------------
+
+    def submit(self, out: SchedulerOutput) -> None:
+        started = time.perf_counter()
+        with torch.inference_mode():
+            result = self._run(out)
+        result.seconds = time.perf_counter() - started
+        self._results.append(result)
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
+    def warmup(self) -> None:
+        """Run a page of prompt and one decoding step, so that the first request finds libraries loaded and
+        buffers allocated. Before any request only: it writes page 0."""
+        n = min(self.store.group.tokens_per_page, self._sequences.tokens.shape[1])
+        new = NewRequest("warmup", [0] * n, n, SamplingParams(temperature=0), 0, [[0]])
+        for entry in (ScheduledRequest("warmup", 0, n, False), ScheduledRequest("warmup", n - 1, 1, True)):
+            self.submit(SchedulerOutput(-1, new=[new], scheduled=[entry], num_tokens=entry.num_tokens))
+        self.submit(SchedulerOutput(-1, finished=["warmup"]))
+        self._results.clear()
+
+    # -- a step --------------------------------------------------------------------------------------------
+
+    def _run(self, out: SchedulerOutput) -> StepResult:
+        # A preempted sequence comes back as a new one, tokens and all.
+        for seq in (*out.finished, *out.preempted):
+            self._forget(seq)
+        self.store.swap_out(out.swap_out)
+        self.store.swap_in(out.swap_in)
+        self.store.copy(out.copies)
+        for new in out.new:
+            self._add(new)
+        outcome = _Outcome()
+        scheduled = self._runnable(out.scheduled, outcome)
+        if scheduled:
+            self._execute(scheduled, outcome)
+        self._failed |= outcome.errors
+        tokens = [[outcome.tokens[e.id]] if e.id in outcome.tokens else [] for e in out.scheduled]
+        return StepResult(out.step_id, tokens, outcome.logprobs, outcome.prompt_logprobs, outcome.errors)
+
+    def _add(self, new: NewRequest) -> None:
+        self._forget(new.id)
+        try:
+            self._check_tokens(new.token_ids)
+            matcher = self._matcher(new)
+        except LLMToolError as error:
+            self._failed[new.id] = error.message
+            return
+        row = self._sequences.add(new)
+        params = new.params
+        if self._sequences.capacity > len(self._sampling.features):
+            self._sampling.grow(self._sequences.capacity)
+        prompt, output = new.token_ids[: new.num_prompt_tokens], new.token_ids[new.num_prompt_tokens :]
+        self._sampling.add(row, params, new.seed, prompt, output)
+        if matcher is not None:
+            self._matchers[row] = matcher
+        wanted = -1 if params.logprobs is None else params.logprobs
+        if params.beam is not None:
+            wanted = max(wanted, params.beam.candidates)
+        if wanted >= 0:
+            self._logprobs[row] = wanted
+        if params.prompt_logprobs is not None and not output:  # a resumed sequence has delivered them
+            self._prompt_logprobs[row] = params.prompt_logprobs
+
+    def _forget(self, seq: str) -> None:
+        self._failed.pop(seq, None)
+        row = self._sequences.remove(seq)
+        if row is not None:
+            self._sampling.remove(row)
+            for table in (self._matchers, self._logprobs, self._prompt_logprobs):
+                table.pop(row, None)
+
+    def _runnable(self, scheduled: Sequence[ScheduledRequest], outcome: _Outcome) -> list[ScheduledRequest]:
+        """Apply the deltas to penalties and grammars; returns what can be run, the rest goes to the errors."""
+        runnable = []
+        for entry in scheduled:
+            problem = self._failed.get(entry.id, "")
+            if not problem and entry.new_token_ids:
+                row = self._sequences.row_of[entry.id]
+                self._sampling.append(row, entry.new_token_ids)
+                if row in self._matchers:
+                    problem = accept(self._matchers[row], entry.new_token_ids)
+            if problem:
+                outcome.errors[entry.id] = problem
+            else:
+                runnable.append(entry)
+        return runnable
+
+    def _execute(self, scheduled: list[ScheduledRequest], outcome: _Outcome) -> None:
+        rows = self._sequences.apply(scheduled)
+        inputs = self._sequences.inputs(scheduled, rows, self.model.device)
+        (batch,) = inputs.batches
+        kv = KVContext(self.store.arena, {i: (layout, batch) for i, layout in self._layouts.items()})
+        hidden = self.model.forward(inputs.input_ids, inputs.positions, kv)  # [N, hidden]
+        if self._prompt_logprobs:
+            self._score_prompts(scheduled, inputs, hidden, outcome)
+        which = np.flatnonzero([entry.sample for entry in scheduled])
+        if len(which):
+            last = torch.from_numpy(inputs.ends[which] - 1).to(hidden.device)
+            logits = self.model.logits(hidden[last])  # [S, V]
+            positions = (inputs.starts + inputs.lengths)[which]
+            self._sample([scheduled[i].id for i in which], rows[which], positions, logits, outcome)
+
+    def _sample(
+        self, ids: list[str], rows: Ints, positions: Ints, logits: torch.Tensor, outcome: _Outcome
+    ) -> None:
+        mask, broken = self._grammar_mask(rows)
+        num_outputs = self._sequences.num_tokens[rows] - self._sequences.num_prompt[rows]
+        sampled, peaks = sample(logits, self._sampling, rows, positions, num_outputs, mask)
+        tokens = sampled.tolist()
+        for i in torch.nonzero(~torch.isfinite(peaks)).flatten().tolist():
+            broken.setdefault(i, _why_not(peaks[i].item(), int(positions[i])))
+        outcome.errors |= {ids[i]: why for i, why in broken.items()}
+        outcome.tokens |= {seq: tokens[i] for i, seq in enumerate(ids) if i not in broken}
+        if not self._logprobs:
+            return
+        asked = [i for i, row in enumerate(rows.tolist()) if row in self._logprobs and i not in broken]
+        at = torch.tensor(asked, dtype=torch.int64, device=logits.device)
+        counts = [self._logprobs[int(rows[i])] for i in asked]
+        for i, logprob in zip(asked, token_logprobs(logits[at], sampled[at], counts), strict=True):
+            outcome.logprobs[ids[i]] = [logprob]
+
+    def _score_prompts(
+        self, scheduled: list[ScheduledRequest], inputs: StepInputs, hidden: torch.Tensor, outcome: _Outcome
+    ) -> None:
+        """Log-probabilities of the prompt tokens that this step's positions predict."""
+        for row, entry, end in zip(inputs.rows.tolist(), scheduled, inputs.ends.tolist(), strict=True):
+            if row not in self._prompt_logprobs:
+                continue
+            count = self._prompt_logprobs[row]
+            num_prompt = int(self._sequences.num_prompt[row])
+            computed = entry.start + entry.num_tokens
+            targets = self._sequences.tokens[row, entry.start + 1 : min(computed + 1, num_prompt)]
+            begin = end - entry.num_tokens
+            scores: list[TokenLogprob] = []
+            for at in range(0, len(targets), ROWS_AT_ONCE):
+                part = torch.from_numpy(targets[at : at + ROWS_AT_ONCE].astype(np.int64)).to(hidden.device)
+                logits = self.model.logits(hidden[begin + at : begin + at + len(part)])
+                scores += token_logprobs(logits, part, [count] * len(part))
+            if scores:
+                outcome.prompt_logprobs[entry.id] = scores
+            if computed >= num_prompt - 1:
+                del self._prompt_logprobs[row]
+
+    # -- grammars ------------------------------------------------------------------------------------------
+
+    def _matcher(self, new: NewRequest) -> LLMatcher | None:
+        """The state of a sequence's grammar after its output so far."""
+        if new.params.grammar is None:
+            return None
+        if self._make_compiler is None:
+            raise RequestError("This engine has no tokenizer, which structured output needs.")
+        if self._compiler is None:
+            self._compiler = self._make_compiler()
+        return self._compiler.matcher(new.params.grammar, new.token_ids[new.num_prompt_tokens :])
+
+    def _grammar_mask(self, rows: Ints) -> tuple[GrammarMask | None, dict[int, str]]:
+        """The mask of those of `rows` that have a grammar, and which of them failed, by index into rows."""
+        if not self._matchers:
+            return None, {}
+        at = [i for i, row in enumerate(rows.tolist()) if row in self._matchers]
+        if not at:
+            return None, {}
+        assert self._compiler is not None
+        matchers = [self._matchers[int(rows[i])] for i in at]
+        words = self._compiler.words(matchers)
+        broken = {i: why_stopped(m) for i, m in zip(at, matchers, strict=True) if m.is_error()}
+        return GrammarMask(np.array(at, np.int64), words), broken
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        vocab_size = self.model.spec.vocab_size
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise RequestError(f"Token id {bad} is not in the model's vocabulary of {vocab_size}.")
+
+
+def _why_not(peak: float, position: int) -> str:
+    if peak == -np.inf:
+        return f"No token is left to choose from at position {position}: everything is forbidden."
+    return f"The model's logits at position {position} are not numbers (NaN or infinite)."
+
+
+def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
+    """Load the model of `config`, size its KV memory from what is then free, and warm up.
+
+    Raises ModelError, UsageError, or InfeasibleError when the model's pages do not fit.
+    """
+    device, dtype = pick_device(config.device), pick_dtype(config.dtype, pick_device(config.device))
+    num_threads = set_threads(config.num_threads)
+    progress("Finding the model", 0.0)
+    directory = resolve(config.model, config.revision, _fraction(progress, "Converting the model"))
+    loading = _fraction(progress, "Loading weights")
+    model = load(directory, dtype, device, loading, config.load_format, config.seed)
+    spec = model.spec
+    group = uniform_group(spec.layer_cache_specs(dtype.itemsize), config.block_size)
+    limits = config.scheduler(1)
+    activations = activation_bytes(spec, dtype.itemsize, limits.max_num_batched_tokens, limits.max_num_seqs)
+    memory, on_cpu = device_memory(device), device.type == "cpu"
+    budget = kv_budget(config, group, spec.max_positions, memory, activations, on_cpu, host_memory().free)
+    tokenizer_dir = directory if config.tokenizer is None else _tokenizer_dir(config)
+    # Most config.json name the end of sequence; without it, only the tokenizer knows.
+    eos = spec.eos_ids or tuple(i for i in [Tokenizer.from_dir(tokenizer_dir).eos_id] if i is not None)
+
+    def grammars() -> GrammarCompiler:
+        text = Tokenizer.from_dir(tokenizer_dir).backend.to_str()
+        return GrammarCompiler(grammar_tokenizer(text, spec.vocab_size, eos))
+
+    store = KVStore(group, budget.num_pages, budget.host_pages, device)
+    executor = TorchExecutor(model, store, config.max_num_seqs, budget.max_model_len, eos, grammars)
+    progress("Warming up", 1.0)
+    executor.warmup()
+    info = EngineInfo(
+        model=config.model,
+        served_model_name=config.served_model_name or config.model,
+        tokenizer_dir=str(tokenizer_dir),
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        max_model_len=budget.max_model_len,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=eos,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        num_pages=budget.num_pages,
+        tokens_per_page=group.tokens_per_page,
+        page_bytes=group.page_bytes,
+        host_pages=budget.host_pages,
+        num_parameters=spec.num_parameters,
+        weight_bytes=spec.num_parameters * dtype.itemsize,
+        activation_bytes=activations,
+        num_threads=num_threads,
+    )
+    scheduler = config.scheduler(budget.max_model_len)
+    return EngineParts(executor, group, budget.num_pages, budget.host_pages, scheduler, info)
+
+
+def _tokenizer_dir(config: EngineConfig) -> Path:
+    """A tokenizer of its own: a directory needs no model in it."""
+    assert config.tokenizer is not None
+    path = Path(config.tokenizer).expanduser()
+    return path if path.is_dir() else resolve(config.tokenizer, config.revision)
+
+
+def _fraction(progress: Progress, what: str) -> Callable[[int, int], None]:
+    return lambda done, total: progress(what, done / total if total else 1.0)
