@@ -178,7 +178,7 @@ class GGUFFile:
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
         """The file stores divisors, not the rule behind them: find the rule, and see that it gives them."""
         divisors = _dequantized(self.tensors[_ROPE_FACTORS]).flatten()
-        rule = RopeSpec(theta, "llama3", float(divisors.max()))
+        rule = RopeSpec(theta, "llama3", round(float(divisors.max()), 4))  # stored as float32
         plain = inverse_frequencies(RopeSpec(theta), head_dim)
         expected = plain / inverse_frequencies(rule, head_dim)
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
