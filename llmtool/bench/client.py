@@ -51,19 +51,23 @@ def base_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that carries the key: the one given, else LLMTOOL_API_KEY's, else none."""
+    key = api_key or os.environ.get("LLMTOOL_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 class HttpBackend:
     """Use as an async context manager, or call `close`; must be made inside a running event loop."""
 
     def __init__(self, options: ClientOptions) -> None:
         self._options = options
         self._url = base_url(options.url)
-        key = options.api_key or os.environ.get("OPENAI_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._session = aiohttp.ClientSession(
             # No limit: the load generator alone decides how many streams are open.
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=None),
             timeout=aiohttp.ClientTimeout(total=options.timeout, sock_connect=min(60.0, options.timeout)),
-            headers=headers | dict(options.headers),
+            headers=authorization(options.api_key) | dict(options.headers),
         )
 
     async def __aenter__(self) -> HttpBackend:
@@ -168,8 +172,7 @@ def _sentence(error: BaseException) -> str:
 
 async def served_models(url: str, api_key: str | None = None, timeout: float = 10.0) -> list[str]:
     """Names under /v1/models. LLMToolError if the server cannot be reached or answers something else."""
-    key = api_key or os.environ.get("OPENAI_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    headers = authorization(api_key)
     address = base_url(url) + "/v1/models"
     try:
         async with (

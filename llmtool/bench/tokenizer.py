@@ -6,14 +6,13 @@ Both satisfy llmtool.workload.requests.Tokenizer; the model's own also tokenizes
 from __future__ import annotations
 
 import json
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmtool.bench.client import base_url
+from llmtool.bench.client import authorization, base_url
 from llmtool.errors import ModelError, UsageError
 from llmtool.models.resolve import ALIASES, resolve
 from llmtool.models.tokenizer import Tokenizer
@@ -74,7 +73,7 @@ class ServerTokenizer:
     ) -> None:
         self._url = base_url(url)
         self._model = model
-        self._key = api_key or os.environ.get("OPENAI_API_KEY")
+        self._headers = {"Content-Type": "application/json"} | authorization(api_key)
         self._timeout = timeout
         self._vocab_size = 0
 
@@ -99,10 +98,7 @@ class ServerTokenizer:
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         if self._model:
             body["model"] = self._model
-        headers = {"Content-Type": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
-        request = urllib.request.Request(self._url + path, json.dumps(body).encode(), headers)
+        request = urllib.request.Request(self._url + path, json.dumps(body).encode(), self._headers)
         try:
             with urllib.request.urlopen(request, timeout=self._timeout) as response:
                 answer = json.load(response)
