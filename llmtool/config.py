@@ -211,6 +211,11 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
     raise UsageError(f"Setting {key!r} cannot be {value!r}.")
 
 
+def field_names(cls: type[Any]) -> frozenset[str]:
+    """The settings that a dataclass knows."""
+    return frozenset(f.name for f in fields(cls))
+
+
 def as_dict(*configs: Any) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for config in configs:

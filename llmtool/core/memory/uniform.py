@@ -130,7 +130,8 @@ class UniformAllocator:
         return self._extend(state, target)
 
     def can_extend(self, seq: str, target: int) -> bool:
-        return self._demand(self._seqs[seq], target)[0] <= self.available()
+        state = self._seqs[seq]
+        return self._demand(state, target)[0] <= self.available() + len(self._spare(state))
 
     def _demand(self, state: _Sequence, target: int) -> tuple[int, int | None]:
         """Pages that growing to `target` takes, and the index of the page to copy before it is written."""
@@ -143,7 +144,9 @@ class UniformAllocator:
     def _extend(self, state: _Sequence, target: int) -> Extension | None:
         needed, shared = self._demand(state, target)
         if needed > self.available():
-            raise OutOfPages(needed, self.available(), self.groups[0].name)
+            if needed > self.available() + len(self._spare(state)):
+                raise OutOfPages(needed, self.available(), self.groups[0].name)
+            self._drop_shadows(state)
         units = self._units
         edits: tuple[tuple[int, int, int], ...] = ()
         copies: tuple[PageCopy, ...] = ()
@@ -182,13 +185,34 @@ class UniformAllocator:
         page = state.pages[index]
         canonical = self._page_of.get(key)
         if canonical is None:
-            self._page_of[key] = page
-            self._hash_of[page] = key
+            self._name(page, key)
         elif canonical != page:
-            # Computed twice (a prompt that is a whole number of pages recomputes its last one). Holding the
-            # canonical page keeps the cache prefix-closed for what follows.
-            self._reference(canonical)
-            state.shadow[index] = canonical
+            # Computed twice (a prompt that is a whole number of pages recomputes its last one). The cache stays
+            # prefix-closed for what follows if this sequence holds the canonical page, or makes its own that.
+            if self._refs[canonical] == 0:
+                self._rename(canonical, page)
+            else:
+                self._refs[canonical] += 1
+                state.shadow[index] = canonical
+
+    def _rename(self, canonical: int, page: int) -> None:
+        """`page` takes the place of a page with the same content that nobody reads."""
+        key = self._hash_of[canonical]
+        assert key is not None and self._refs[canonical] == 0
+        self._unhash(canonical)
+        del self._cached[canonical]
+        self._free.append(canonical)
+        self._name(page, key)
+
+    def _drop_shadows(self, state: _Sequence) -> None:
+        """Give back the canonical pages that only this sequence holds, its own taking their place."""
+        for index in self._spare(state):
+            canonical = state.shadow.pop(index)
+            self._release(canonical)
+            self._rename(canonical, state.pages[index])
+
+    def _spare(self, state: _Sequence) -> list[int]:
+        return [index for index, page in state.shadow.items() if self._refs[page] == 1]
 
     def fork(self, parent: str, child: str, token_ids: Sequence[int], num_tokens: int) -> None:
         source = self._seqs[parent]
@@ -240,7 +264,7 @@ class UniformAllocator:
             self._host_free.extend(reversed(state.host))
         for index in range(len(state.pages) - 1, -1, -1):
             page = state.pages[index]
-            if not keep and self._hash_of[page] is not None:
+            if not keep and self._refs[page] == 1 and self._hash_of[page] is not None:
                 self._unhash(page)
             if index in state.shadow:
                 self._release(state.shadow[index])
@@ -308,6 +332,10 @@ class UniformAllocator:
                 self._free.append(page)
             else:
                 self._cached[page] = None
+
+    def _name(self, page: int, key: bytes) -> None:
+        self._page_of[key] = page
+        self._hash_of[page] = key
 
     def _unhash(self, page: int) -> None:
         key = self._hash_of[page]
@@ -397,5 +425,4 @@ class UniformAllocator:
             assert key == parent, "hash chain"
             if state.host is None:
                 page = state.shadow.get(index, state.pages[index])
-                # A forked sibling may have dropped a shared page's hash; a registered one must name this page.
-                assert self._page_of.get(key, page) == page, "canonical page"
+                assert self._page_of[key] == page, "canonical page"

@@ -1,0 +1,204 @@
+"""What `llmtool bench` does once its flags are understood. No torch here: the engine runs in its own process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from llmtool.bench.compare import CompareResult, compare
+from llmtool.bench.config import BenchConfig
+from llmtool.bench.html import write_html
+from llmtool.bench.inprocess import EngineBackend, EngineOptions
+from llmtool.bench.load import Progress, ProgressCallback
+from llmtool.bench.result import BenchResult, RunResult, read_result
+from llmtool.bench.run import connect, run_bench, run_blocking
+from llmtool.bench.tokenizer import ModelTokenizer, ServerTokenizer, load_tokenizer
+from llmtool.cli.output import Output, size
+from llmtool.config import EngineConfig
+from llmtool.errors import LLMToolError, UsageError
+
+Bar = Callable[[str, float | None], None]
+_LATENCIES = (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "End to end"))
+
+
+def measure(config: BenchConfig, engine: EngineConfig, api_key: str | None, output: Output) -> BenchResult:
+    with output.progress() as bar:
+        if config.url:
+            return run_blocking(_over_http(config, api_key, bar))
+        return run_blocking(_in_process(config, engine, bar))
+
+
+async def _over_http(config: BenchConfig, api_key: str | None, bar: Bar) -> BenchResult:
+    assert config.url is not None
+    config, backend = await connect(config, api_key)
+    try:
+        tokenizer: ModelTokenizer | ServerTokenizer
+        if config.tokenizer:
+            tokenizer = load_tokenizer(config.tokenizer)
+        else:
+            tokenizer = ServerTokenizer(config.url, config.model, api_key)
+        return await run_bench(config, backend, tokenizer, _on(bar))
+    finally:
+        await backend.close()
+
+
+async def _in_process(config: BenchConfig, engine_config: EngineConfig, bar: Bar) -> BenchResult:
+    from llmtool.models.tokenizer import Tokenizer
+    from llmtool.runtime.async_engine import AsyncEngine
+
+    engine = await AsyncEngine.start(engine_config, progress=bar)
+    try:
+        info = engine.info
+        tokenizer = ModelTokenizer(Tokenizer.from_dir(info.tokenizer_dir))
+        options = EngineOptions(fields=config.body_fields(), keep_text=config.save_text)
+        backend = EngineBackend(engine, tokenizer, options)
+        config = replace(config, model=info.served_model_name)
+        gpu = info.device if info.device != "cpu" else None
+        return await run_bench(config, backend, tokenizer, _on(bar), gpu)
+    finally:
+        await engine.close()
+
+
+def _on(bar: Bar) -> ProgressCallback:
+    def show(progress: Progress) -> None:
+        failed = f", {progress.failed} failed" if progress.failed else ""
+        text = f"{progress.phase}: {progress.done} of {progress.total} requests{failed}"
+        bar(text, progress.done / max(1, progress.total))
+
+    return show
+
+
+# -- what is shown -----------------------------------------------------------------------------------------
+
+
+def report(result: BenchResult, output: Output, json_file: str | None, html_file: str | None) -> None:
+    if json_file is not None:
+        result.write(json_file)
+        output.hint(f"Result written to {json_file}")
+    if html_file is not None:
+        write_html(result, html_file)
+        output.hint(f"Report written to {html_file}")
+    output.document(result.as_dict())
+    if result.kind == "run":
+        _show_run(result, output)
+    else:
+        _show_sweep(result, output)
+    for warning in result.warnings:
+        output.warn(warning)
+    failed = sum(run.metrics["failed"] for run in result.runs)
+    if failed:
+        first = next((e for run in result.runs for e in run.metrics.get("errors", ()) if e), "")
+        output.warn(f"{failed} requests failed; the first one: {first}")
+    if not any(run.metrics["completed"] for run in result.runs):
+        raise LLMToolError("No request succeeded.")
+
+
+def _show_run(result: BenchResult, output: Output) -> None:
+    run = result.runs[0]
+    m = run.metrics
+    rows = [
+        ("Requests completed / failed", f"{m['completed']} / {m['failed']}"),
+        ("Duration", f"{m['duration']:.2f} s"),
+        ("Prompt / output tokens", f"{m['total_input_tokens']} / {m['total_output_tokens']}"),
+        ("Request throughput", f"{m['request_throughput']:.2f} /s"),
+        ("Output throughput", f"{m['output_throughput']:.1f} tokens/s"),
+        ("Total throughput", f"{m['total_token_throughput']:.1f} tokens/s"),
+    ]
+    if m.get("request_goodput") is not None:
+        rows.append(("SLO goodput", f"{m['request_goodput']:.2f} requests/s"))
+    if "prefix_cache_hit_rate" in run.server:
+        rows.append(("Prefix cache hit rate", f"{100 * run.server['prefix_cache_hit_rate']:.1f} %"))
+    rows += [(name, size(value)) for name, value in memory_rows(run)]
+    output.table(f"{result.model} — {result.backend}", ("", "value"), rows)
+    latency = []
+    for key, name in _LATENCIES:
+        if m.get(f"mean_{key}_ms") is not None:
+            latency.append((name, *(_ms(m.get(f"{part}_{key}_ms")) for part in _PARTS)))
+    output.table("Latency, ms", ("", *_PARTS), latency)
+
+
+_PARTS = ("mean", "p50", "p90", "p95", "p99")
+
+
+def memory_rows(run: RunResult) -> list[tuple[str, int]]:
+    memory = run.server.get("memory_bytes") or {}
+    return [(f"Memory: {_MEMORY.get(kind, kind)}", value) for kind, value in memory.items()]
+
+
+_MEMORY = {
+    "weights": "weights",
+    "kv_cache": "KV pages",
+    "kv_peak": "KV pages, most in use",
+    "rss": "engine RSS",
+}
+
+
+def _show_sweep(result: BenchResult, output: Output) -> None:
+    columns = (
+        "requests/s",
+        "done",
+        "output tok/s",
+        "TTFT p50",
+        "TTFT p99",
+        "TPOT p50",
+        "TPOT p99",
+        "E2E p50",
+    )
+    goodput = any(run.metrics.get("request_goodput") is not None for run in result.runs)
+    rows = []
+    for run in result.runs:
+        m = run.metrics
+        row = [f"{run.request_rate:.3g}", str(m["completed"]), f"{m['output_throughput']:.1f}"]
+        row += [_ms(m.get(key)) for key in ("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms")]
+        row.append(_ms(m.get("p50_e2el_ms")))
+        if goodput:
+            value = m.get("request_goodput")
+            row.append("-" if value is None else f"{value:.2f}")
+        rows.append(row)
+    title = f"{result.model} — {result.backend} (latencies in ms)"
+    output.table(title, (*columns, "goodput") if goodput else columns, rows)
+    if result.knee is not None:
+        rate = result.knee.get("rate")
+        output.line(
+            "No rate held the objectives."
+            if rate is None
+            else f"Highest rate that held: {rate:.3g} requests/s"
+        )
+
+
+def _ms(value: Any) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def compare_files(files: list[str], output: Output, html: str | None) -> None:
+    if len(files) != 2:
+        raise UsageError(
+            f"--compare takes two result files, not {len(files)}.", "llmtool bench --compare A.json B.json"
+        )
+    if html is not None:
+        raise UsageError("--html reports one run; it does not go with --compare.")
+    result = compare(read_result(files[0]), read_result(files[1]))
+    output.document(result.as_dict())
+    show_comparison(result, output)
+
+
+def show_comparison(result: CompareResult, output: Output) -> None:
+    percent = f"{100 * result.confidence:.0f} %"
+    for run in result.runs:
+        rows = []
+        for c in run.metrics:
+            interval = "-" if c.low is None or c.high is None else f"{c.low:.3f} to {c.high:.3f}"
+            ratio = "-" if c.ratio is None else f"{c.ratio:.3f}"
+            rows.append((c.metric, _figure(c.a), _figure(c.b), ratio, interval, c.verdict))
+        at = "" if run.request_rate is None else f" at {run.request_rate:.3g} requests/s"
+        title = f"A = {result.a}, B = {result.b}{at}{', paired requests' if run.paired else ''}"
+        output.table(title, ("metric", "A", "B", "B / A", f"{percent} interval", "B is"), rows)
+    for name, (a, b) in result.differences.items():
+        output.hint(f"Setting {name} differs: {a} in A, {b} in B")
+    for note in result.notes:
+        output.hint(note)
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

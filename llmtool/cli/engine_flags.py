@@ -1,0 +1,50 @@
+"""The engine's flags, shared by `serve` and in-process `bench`. Names are vLLM's where it has one."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+ModelArg = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Hugging Face directory, hub id, GGUF file or alias. Default: the embedded smollm2-135m.",
+        show_default=False,
+    ),
+]
+_panel = "Engine"
+
+
+def _option(name: str, text: str) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=_panel)
+
+
+Dtype = Annotated[str | None, _option("--dtype", "auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, _option("--device", "auto, cpu or cuda.")]
+LoadFormat = Annotated[str | None, _option("--load-format", "auto, or dummy for random weights.")]
+Revision = Annotated[str | None, _option("--revision", "Branch, tag or commit of a hub model.")]
+TokenizerDir = Annotated[str | None, _option("--tokenizer", "Directory or hub id, if not the model's own.")]
+MaxModelLen = Annotated[int | None, _option("--max-model-len", "Prompt and output tokens of one sequence.")]
+MaxNumSeqs = Annotated[int | None, _option("--max-num-seqs", "Sequences that run at once.")]
+MaxNumBatchedTokens = Annotated[int | None, _option("--max-num-batched-tokens", "Token budget of a step.")]
+MaxWaiting = Annotated[int | None, _option("--max-waiting", "Queue limit; beyond it requests get a 429.")]
+BlockSize = Annotated[int | None, _option("--block-size", "Tokens per KV page.")]
+MemoryUtilization = Annotated[
+    float | None, _option("--gpu-memory-utilization", "Part of the device memory to use, 0 to 1.")
+]
+KVCacheMemory = Annotated[
+    str | None, _option("--kv-cache-memory", "KV memory, for example 2GiB; overrides the utilization.")
+]
+SwapSpace = Annotated[str | None, _option("--swap-space", "Host memory for swapped pages, for example 1GiB.")]
+Preemption = Annotated[str | None, _option("--preemption", "recompute or swap, when pages run out.")]
+SchedulingPolicy = Annotated[str | None, _option("--scheduling-policy", "fcfs or priority.")]
+PrefixCaching = Annotated[
+    bool | None,
+    _option(
+        "--enable-prefix-caching/--no-enable-prefix-caching", "Share KV pages of equal prefixes (default on)."
+    ),
+]
+NumThreads = Annotated[int | None, _option("--num-threads", "CPU threads for the model.")]
+StepLog = Annotated[str | None, _option("--step-log", "Record every scheduling decision in this JSONL file.")]

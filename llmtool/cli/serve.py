@@ -1,0 +1,134 @@
+"""`llmtool serve`: an OpenAI-compatible server of one model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmtool.cli import engine_flags as engine
+from llmtool.cli.command import ConfigFile, JsonFlag, PrintConfig, QuietFlag, command, optional_size
+from llmtool.cli.output import Output, size
+from llmtool.config import EngineConfig, ServerConfig, as_dict, field_names, resolve
+
+if TYPE_CHECKING:
+    from llmtool.models.tokenizer import Tokenizer
+    from llmtool.runtime.async_engine import AsyncEngine
+
+_panel = "Server"
+
+
+@command
+def serve(
+    model: engine.ModelArg = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", rich_help_panel=_panel)] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port; 0 picks a free one.", rich_help_panel=_panel)
+    ] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="LLMTOOL_API_KEY", help="Key that requests must bring.", rich_help_panel=_panel),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name of the model in requests.", rich_help_panel=_panel)
+    ] = None,
+    allowed_origins: Annotated[
+        str | None, typer.Option(help="CORS origins, separated by commas.", rich_help_panel=_panel)
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja file, if not the model's own.", rich_help_panel=_panel)
+    ] = None,
+    drain_seconds: Annotated[
+        float | None, typer.Option(help="Grace for running requests on SIGTERM.", rich_help_panel=_panel)
+    ] = None,
+    max_body: Annotated[
+        str | None, typer.Option(help="Largest request body, for example 32MiB.", rich_help_panel=_panel)
+    ] = None,
+    metrics_compat: Annotated[
+        str | None, typer.Option(help="vllm (also under its names) or none.", rich_help_panel=_panel)
+    ] = None,
+    dtype: engine.Dtype = None,
+    device: engine.Device = None,
+    load_format: engine.LoadFormat = None,
+    revision: engine.Revision = None,
+    tokenizer: engine.TokenizerDir = None,
+    max_model_len: engine.MaxModelLen = None,
+    max_num_seqs: engine.MaxNumSeqs = None,
+    max_num_batched_tokens: engine.MaxNumBatchedTokens = None,
+    max_waiting: engine.MaxWaiting = None,
+    block_size: engine.BlockSize = None,
+    gpu_memory_utilization: engine.MemoryUtilization = None,
+    kv_cache_memory: engine.KVCacheMemory = None,
+    swap_space: engine.SwapSpace = None,
+    preemption: engine.Preemption = None,
+    scheduling_policy: engine.SchedulingPolicy = None,
+    enable_prefix_caching: engine.PrefixCaching = None,
+    num_threads: engine.NumThreads = None,
+    seed: Annotated[int | None, typer.Option(help="Of requests that bring none.")] = None,
+    step_log: engine.StepLog = None,
+    config: ConfigFile = None,
+    print_config: PrintConfig = False,
+    as_json: JsonFlag = False,
+    quiet: QuietFlag = False,
+) -> None:
+    """Serve a model over OpenAI's HTTP API.
+
+    Examples:
+
+      llmtool serve                                     # the embedded SmolLM2-135M-Instruct
+
+      llmtool serve ./my-model --port 9000 --api-key secret
+
+      llmtool serve model.gguf --max-model-len 4096 --max-num-seqs 32
+
+      curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "Hello"}]}'
+    """
+    flags: dict[str, Any] = dict(locals())
+    flags["kv_cache_memory_bytes"] = optional_size(kv_cache_memory)
+    flags["swap_space_bytes"] = optional_size(swap_space)
+    flags["max_body_bytes"] = optional_size(max_body)
+    if allowed_origins is not None:
+        flags["allowed_origins"] = tuple(allowed_origins.split(","))
+    engine_config = resolve(EngineConfig, flags, config, other_keys=field_names(ServerConfig))
+    server_config = resolve(ServerConfig, flags, config, other_keys=field_names(EngineConfig))
+    output = Output(as_json, quiet)
+    if print_config:
+        print_settings(output, engine_config, server_config)
+        return
+    run(engine_config, server_config, output)
+
+
+def print_settings(output: Output, *configs: Any) -> None:
+    settings = as_dict(*configs)
+    output.document(settings)
+    output.table("Settings", ("name", "value"), [(k, str(v)) for k, v in settings.items()])
+
+
+def run(engine_config: EngineConfig, server_config: ServerConfig, output: Output) -> None:
+    # The engine's process starts first and loads while this one imports its HTTP stack.
+    from llmtool.serve.server import run_server
+
+    started: list[AsyncEngine] = []
+
+    async def start() -> tuple[AsyncEngine, Tokenizer]:
+        from llmtool.models.tokenizer import Tokenizer
+        from llmtool.runtime.async_engine import AsyncEngine
+
+        with output.progress() as progress:
+            running = await AsyncEngine.start(engine_config, progress=progress)
+        started.append(running)
+        return running, Tokenizer.from_dir(running.info.tokenizer_dir, server_config.chat_template)
+
+    def listening(host: str, port: int) -> None:
+        url = f"http://{host}:{port}"
+        info = started[0].info
+        output.document({"url": url, "model": info.served_model_name, "pid": info.pid})
+        output.line(f"Serving {info.served_model_name} at {url} (docs at {url}/docs; stop with Ctrl-C)")
+        output.hint(
+            f"{info.device}, {info.dtype}, weights {size(info.weight_bytes)}, KV memory {size(info.kv_bytes)} "
+            f"= {info.num_pages * info.tokens_per_page} tokens, context {info.max_model_len}, ready in "
+            f"{info.load_seconds:.1f} s"
+        )
+
+    run_server(start, server_config, on_listening=listening)
