@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -70,6 +71,7 @@ def create_app(
     _add_generation(app, context)
     _add_tokens(app, context)
     _add_service(app, context)
+    app.openapi = partial(_document, app)  # type: ignore[method-assign]
     add_error_handlers(app)
     app.add_exception_handler(ClientGone, _on_client_gone)
     # The last one added is the outermost.
@@ -86,6 +88,19 @@ def create_app(
             expose_headers=["X-Request-Id"],
         )
     return app
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document, without FastAPI's own validation errors: ours are 400s in OpenAI's envelope."""
+    if app.openapi_schema is None:
+        document = FastAPI.openapi(app)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for unused in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(unused, None)
+    assert app.openapi_schema is not None
+    return app.openapi_schema
 
 
 class StrictJsonRequest(Request):

@@ -51,9 +51,10 @@ class ChatCall:
         check_combination(body)
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs is only allowed with logprobs=true.", param="top_logprobs")
-        grammar = self._tools.grammar() or requested_grammar(body)
+        forced = self._tools.grammar()
+        grammar = forced or requested_grammar(body)
         params = self._params(grammar)
-        await context.check_output_grammar(grammar)
+        await context.check_output_grammar(grammar, "tools" if forced else None)
         text = render_prompt(context.tokenizer, body, self._tools)
         # The template writes the special tokens itself.
         token_ids = await context.encode(text, bool(body.add_special_tokens))

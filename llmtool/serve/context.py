@@ -79,9 +79,15 @@ class ServeContext:
             raise RequestError(f"Token id {max(token_ids)} is not in the vocabulary of {vocab}.", param=param)
         return token_ids
 
-    async def check_output_grammar(self, grammar: Grammar | None) -> None:
-        if grammar is not None:
+    async def check_output_grammar(self, grammar: Grammar | None, param: str | None = None) -> None:
+        """Raises RequestError; param: the field to blame, if not the usual one."""
+        if grammar is None:
+            return
+        try:
             await asyncio.to_thread(self.check_grammar, grammar)
+        except RequestError as e:
+            e.param = param or e.param
+            raise
 
     async def generate(
         self,

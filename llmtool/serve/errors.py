@@ -31,6 +31,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable",
 }
+Path = tuple[str | int, ...]
 _INTERNAL = "The server failed to answer this request; its log says why."
 
 
@@ -85,36 +86,46 @@ def error_response(error: BaseException) -> JSONResponse:
 def sentence(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str | None]:
     """One sentence for pydantic's `errors` about `body`, and the name of the field at fault.
 
-    A union reports once per branch; the branch that got deepest into the input is what the caller meant.
+    Only the first wrong field is named. A union reports once per branch; the branch that got furthest into the
+    input is what the caller meant.
     """
-    placed = [(_path(error["loc"], body), error) for error in errors]
-    field = placed[0][0][:1]  # only the first wrong field is named
-    same = [(path, error) for path, error in placed if path[:1] == field]
-    depth = max(len(path) for path, _ in same)
-    deepest = [(path, error) for path, error in same if len(path) == depth]
-    path = deepest[0][0]
-    reasons = list(dict.fromkeys(_reason(error) for at, error in deepest if at == path))
-    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
+    first: dict[tuple[object, ...], tuple[Path, Mapping[str, Any]]] = {}  # each branch's first error
+    for error in errors:
+        path, branch = _path(error["loc"], body)
+        first.setdefault((path[:1], branch), (path, error))
+    field = next(iter(first.values()))[0][:1]
+    candidates = [(path, error) for path, error in first.values() if path[:1] == field]
+    path = max((path for path, _ in candidates), key=lambda p: [(isinstance(k, int), k) for k in p])
+    there = [error for at, error in candidates if at == path]
+    # Of the right type but wrong: that branch was meant, and the others only say that they are of other types.
+    there = [error for error in there if not error["type"].endswith("_type")] or there
+    reasons = list(dict.fromkeys(map(_reason, there)))
+    common = "it should be "
+    if len(reasons) > 1 and all(reason.startswith(common) for reason in reasons):
+        reasons = [common + reasons[0].removeprefix(common), *(r.removeprefix(common) for r in reasons[1:])]
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path).lstrip(".")
     if not name:
-        return f"The body is wrong: {' or '.join(reasons)}.", None
+        return "The body should be a JSON object.", None
     return f"{name}: {' or '.join(reasons)}.", name
 
 
-def _path(loc: Sequence[Any], body: Any) -> tuple[str | int, ...]:
-    """`loc` without "body" and without the names of union branches, which are not keys of the input."""
+def _path(loc: Sequence[Any], body: Any) -> tuple[Path, tuple[str, ...]]:
+    """The part of `loc` that leads into the input, and the rest: names of union branches, which do not."""
     path: list[str | int] = []
-    rest = list(loc[1:]) if loc and loc[0] in ("body", "query", "header", "path") else list(loc)
-    for position, key in enumerate(rest):
-        if isinstance(body, dict) and isinstance(key, str):
-            if key in body:
-                path.append(key)
-                body = body[key]
-            elif position == len(rest) - 1:
-                path.append(key)  # a missing field
+    branch: list[str] = []
+    keys = list(loc[1:]) if loc and loc[0] in ("body", "query", "header", "path") else list(loc)
+    for position, key in enumerate(keys):
+        if isinstance(body, dict) and key in body:
+            path.append(key)
+            body = body[key]
+        elif isinstance(body, dict) and position == len(keys) - 1:
+            path.append(key)  # a missing field
         elif isinstance(body, list) and isinstance(key, int) and key < len(body):
             path.append(key)
             body = body[key]
-    return tuple(path)
+        else:
+            branch.append(str(key))
+    return tuple(path), tuple(branch)
 
 
 def _reason(error: Mapping[str, Any]) -> str:
@@ -123,7 +134,9 @@ def _reason(error: Mapping[str, Any]) -> str:
         return "this field is required"
     if kind in ("model_attributes_type", "model_type", "dict_type"):
         return "it should be a JSON object"
-    message = message.removeprefix("Value error, ").removeprefix("Input ").rstrip(".")
+    for noise in ("Value error, ", "Input ", "String ", "List ", "Dictionary "):
+        message = message.removeprefix(noise)
+    message = message.replace(" after validation", "").rstrip(".")
     return f"it {message}" if message.startswith("should") else message[:1].lower() + message[1:]
 
 
