@@ -54,6 +54,8 @@ class AttentionBatch:
         default_factory=dict, init=False
     )
 
+    _scratch: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, init=False)
+
     @classmethod
     def build(
         cls,
@@ -80,6 +82,17 @@ class AttentionBatch:
             query_lens=query_lens,
             kv_lens=kv_lens,
         )
+
+    def scratch(self, slot: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Memory [rows, width] to gather into, the same for all layers of the step.
+
+        Fresh memory costs a CPU a page fault every 4 KiB, which takes longer than the copy itself.
+        """
+        memory = self._scratch.get((slot, dtype))
+        if memory is None or memory.numel() < rows * width:
+            memory = torch.empty(rows * width, dtype=dtype, device=self.block_tables.device)
+            self._scratch[slot, dtype] = memory
+        return memory[: rows * width].view(rows, width)
 
     def work(self, window: int | None, tokens_per_page: int, dtype: torch.dtype) -> list[AttentionWork]:
         """What `paged_attention` runs for this step; dtype is that of the additive masks."""
@@ -112,8 +125,8 @@ def paged_attention(
     out = q.new_empty(num_tokens, num_heads, layout.v_head_dim)
     k_pages, v_pages = page_rows(arena, layout, k.dtype)
     for work in batch.work(window, layout.tokens_per_page, q.dtype):
-        keys = _gather(k_pages, work, layout.num_kv_heads)  # [s, L, Hkv, Dk]
-        values = _gather(v_pages, work, layout.num_kv_heads)
+        keys = _gather(k_pages, work, layout.num_kv_heads, batch, slot=0)  # [s, L, Hkv, Dk]
+        values = _gather(v_pages, work, layout.num_kv_heads, batch, slot=1)  # [s, L, Hkv, Dv]
         out[work.rows] = _attend(q[work.rows], keys, values, work, scale)
     return out
 
@@ -164,10 +177,12 @@ def _page_words(arena: Tensor, page_bytes: int) -> Tensor:
     return words.as_strided(((words.numel() - width) // unit + 1, width), (unit, 1))
 
 
-def _gather(pages: Tensor, work: AttentionWork, num_kv_heads: int) -> Tensor:
-    """[s, L, Hkv, D] of the pages a piece of work reads."""
-    # An embedding lookup copies whole rows; index_select does so element by element when rows overlap.
-    rows = F.embedding(work.units, pages)
+def _gather(
+    pages: Tensor, work: AttentionWork, num_kv_heads: int, batch: AttentionBatch, slot: int
+) -> Tensor:
+    """[s, L, Hkv, D] of the pages a piece of work reads, in the batch's scratch memory."""
+    rows = batch.scratch(slot, work.units.numel(), pages.shape[1], pages.dtype)
+    torch.index_select(pages, 0, work.units.view(-1), out=rows)
     kv = rows.view(work.num_seqs, work.padded_len, num_kv_heads, -1)[:, : work.length]
     if work.stale is not None:
         # Slots no token of this sequence wrote may hold NaN, which no additive mask hides.

@@ -41,6 +41,8 @@ NAMES = {
 CONTROL = ["<|end|>", "<|start|>"]
 TOKENS = [*CONTROL, *BYTE_OF_CHAR, "Ġt", "he", "Ġthe", "ĊĊ", "<tool>"]
 MERGES = ["Ġ t", "h e", "Ġt he", "Ċ Ċ"]
+PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁these"]
+PIECES = [*dict.fromkeys(PIECES), "th", "the", "▁the"]
 TYPES = [3, 3, *[1] * 256, 1, 1, 1, 1, 4]
 
 
@@ -87,12 +89,18 @@ def write(
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(TOKENS)
-    writer.add_token_types(TYPES)
-    writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(0)
+    if pre == "sentencepiece":
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(PIECES)
+        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(PIECES) - 259)])
+        writer.add_token_scores([-float(i) for i in range(len(PIECES))])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(TOKENS)
+        writer.add_token_types(TYPES)
+        writer.add_token_merges(MERGES)
+    writer.add_eos_token_id(0 if pre != "sentencepiece" else 2)
     writer.add_bos_token_id(1)
     writer.add_chat_template("{{ messages[0]['content'] }}<|end|>")
     for key, value in (extra or {}).items():
@@ -212,6 +220,17 @@ def test_tokenizer_of_a_file(tiny: Tiny, tmp_path: Path) -> None:
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": "he"}])
     assert prompt.text == "he<|end|>"
     assert [tokenizer.id_to_piece(i) for i in prompt.token_ids] == ["he", "<|end|>"]
+
+
+def test_sentencepiece_tokenizer_of_a_file(tiny: Tiny, tmp_path: Path) -> None:
+    extra = {"tokenizer.ggml.add_bos_token": True}
+    path = write(tmp_path / "a.gguf", tiny("smollm")[0], "llama", extra, pre="sentencepiece")
+    tokenizer = Tokenizer.from_dir(resolve(str(path)))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    ids = tokenizer.encode("the é</s>")
+    assert [tokenizer.id_to_piece(i) for i in ids] == ["<s>", "▁the", "▁", "<0xC3>", "<0xA9>", "</s>"]
+    assert tokenizer.decode(ids) == "the é"
+    assert tokenizer.has_chat_template
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_chats_equal_transformers(pair: Pair) -> None:
 
 
 TEMPLATES = {
-    "loops": "{% for m in messages %}{% if m.role == 'skip' %}{% continue %}{% endif %}\n {{- m.content }}\n{% endfor %}",
+    "loops": "{% for m in messages %}{% if loop.last %}{% break %}{% endif %}\n {{- m.content }}\n{% endfor %}",
     "tools": "{% if tools %}{{ tools | tojson }}{{ tools | tojson(indent=2) }}{% endif %}",
     "special tokens": "{{ bos_token }}{{ eos_token }}{{ cls_token }}",
     "variables": "{{ enable_thinking is defined and enable_thinking }} {{ documents is none }} {{ missing }}",
