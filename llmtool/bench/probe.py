@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -71,27 +72,34 @@ class LoopProbe:
             self._lags.append(max(0.0, time.perf_counter() - due))
 
     def judge(
-        self, send_lags: list[float], median_itl_ms: float | None, median_ttft_ms: float | None
+        self, send_lags: Sequence[float], median_itl_ms: float | None, median_ttft_ms: float | None
     ) -> ClientLoad:
-        """After the run. send_lags in seconds; the medians of what was measured, in ms, set how much lag
-        matters.
-        """
-        lags = np.asarray(self._lags if len(self._lags) else [0.0]) * 1000
+        """After the run; see `judge_client`."""
         share = self._cpu / self._wall if self._wall > 0 else 0.0
-        p50, p99 = (float(x) for x in np.percentile(lags, (50, 99)))
-        send = float(np.percentile(send_lags, 99)) * 1000 if send_lags else 0.0
-        warnings = []
-        if share > MAX_CPU_SHARE:
-            warnings.append(
-                f"The client used {share:.0%} of its core: it was the bottleneck, and latencies include its own."
-            )
-        if p99 > max(MIN_LAG_MS, MAX_LAG_SHARE * (median_itl_ms or 0.0)):
-            warnings.append(
-                f"The client's event loop ran up to {p99:.0f} ms late (p99): latencies are too high by as much. "
-                "Give the client a core of its own."
-            )
-        if send > max(MIN_LAG_MS, MAX_SEND_SHARE * (median_ttft_ms or 0.0)):
-            warnings.append(
-                f"Requests were sent up to {send:.0f} ms after their moment (p99): the load was not as asked."
-            )
-        return ClientLoad(share, p50, p99, float(lags.max()), send, tuple(warnings))
+        return judge_client(self._lags, share, send_lags, median_itl_ms, median_ttft_ms)
+
+
+def judge_client(
+    loop_lags: Sequence[float],
+    cpu_share: float,
+    send_lags: Sequence[float],
+    median_itl_ms: float | None,
+    median_ttft_ms: float | None,
+) -> ClientLoad:
+    """Whether the client's own delays matter. Lags in seconds; the medians are of what was measured, in ms: a delay
+    that would spoil gaps of 20 ms means nothing to gaps of 400 ms.
+    """
+    lags = np.asarray(loop_lags if len(loop_lags) else [0.0]) * 1000
+    p50, p99 = (float(x) for x in np.percentile(lags, (50, 99)))
+    send = float(np.percentile(send_lags, 99)) * 1000 if len(send_lags) else 0.0
+    warnings = []
+    if cpu_share > MAX_CPU_SHARE:
+        warnings.append(f"The client used {cpu_share:.0%} of its core: latencies include its own.")
+    if p99 > max(MIN_LAG_MS, MAX_LAG_SHARE * (median_itl_ms or 0.0)):
+        warnings.append(
+            f"The client's event loop ran up to {p99:.0f} ms late (p99): latencies are too high by as much. "
+            "Give the client a core of its own."
+        )
+    if send > max(MIN_LAG_MS, MAX_SEND_SHARE * (median_ttft_ms or 0.0)):
+        warnings.append(f"Requests were sent up to {send:.0f} ms late (p99): the load was not as asked.")
+    return ClientLoad(cpu_share, p50, p99, float(lags.max()), send, tuple(warnings))

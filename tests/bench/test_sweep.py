@@ -1,0 +1,88 @@
+"""The knee search against simulated servers whose knee is known."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmtool.bench.config import LoadConfig
+from llmtool.bench.result import RunResult
+from llmtool.bench.sweep import find_knee, holds, sweep
+
+
+def metrics(
+    attained: float | None = 1.0, met: bool = True, completed: int = 100, failed: int = 0
+) -> dict[str, Any]:
+    return {
+        "completed": completed,
+        "failed": failed,
+        "slo_attainment": attained,
+        "slos": [{"slo": "ttft:100", "attained": attained}, {"slo": "ttft:p99:500", "met": met}],
+        "request_throughput": 0.0,
+    }
+
+
+class Server:
+    """Completes `capacity` requests/s at most and holds its objectives up to `knee`."""
+
+    def __init__(self, knee: float, capacity: float) -> None:
+        self.knee, self.capacity = knee, capacity
+        self.rates: list[float] = []
+
+    async def measure(self, rate: float) -> RunResult:
+        self.rates.append(rate)
+        values = metrics(met=rate <= self.knee) | {"request_throughput": min(rate, self.capacity)}
+        return RunResult(rate, values)
+
+
+@settings(deadline=None)
+@given(st.floats(0.6, 200.0), st.floats(1.0, 1.8))
+def test_the_knee_is_found_within_the_tolerance(knee: float, headroom: float) -> None:
+    server = Server(knee, knee * headroom)
+    runs, found = asyncio.run(find_knee(server.measure, LoadConfig(knee_tolerance=0.1, knee_max_runs=16)))
+    assert found.request_rate is not None
+    assert found.above is not None
+    assert found.request_rate <= knee < found.above <= found.request_rate * 1.1 + 1e-9
+    assert [run.request_rate for run in runs] == server.rates
+    assert math.isinf(server.rates[0])
+    assert len(runs) <= 10  # starting near the capacity pays
+
+
+def test_nothing_holds() -> None:
+    _, found = asyncio.run(find_knee(Server(0.0, 8.0).measure, LoadConfig(knee_min_rate=1.0)))
+    assert found.request_rate is None
+    assert found.above == 1.0
+    assert "lowest rate" in found.reason
+
+
+def test_everything_holds() -> None:
+    _, found = asyncio.run(find_knee(Server(1e9, 50.0).measure, LoadConfig(knee_max_rate=64.0)))
+    assert found.request_rate == 64.0
+    assert found.above is None
+    assert "highest rate" in found.reason
+
+
+def test_runs_are_limited() -> None:
+    runs, found = asyncio.run(find_knee(Server(40.0, 1e6).measure, LoadConfig(knee_max_runs=3)))
+    assert len(runs) == 3
+    assert "3 runs" in found.reason
+
+
+def test_holds() -> None:
+    assert holds(metrics(), 0.9)
+    assert not holds(metrics(attained=0.89), 0.9)
+    assert not holds(metrics(met=False), 0.9)
+    assert not holds(metrics(completed=80, failed=20), 0.9)
+    assert not holds(metrics(completed=0), 0.9)
+    assert holds(metrics(attained=None), 0.9)
+
+
+def test_sweep_measures_each_rate_once_in_order() -> None:
+    server = Server(1.0, 9.0)
+    runs = asyncio.run(sweep(server.measure, (4.0, 1.0, 2.0)))
+    assert [r.request_rate for r in runs] == server.rates == pytest.approx([4.0, 1.0, 2.0])
