@@ -37,7 +37,7 @@ class AttentionWork:
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """What one sequence reads: pages [first_page, first_page + num_pages), up to token kv_len."""
+    """What one sequence reads: num_pages pages from first_page on, `length` tokens from first_token on."""
 
     sequence: int
     row: int  # its first row of q
@@ -45,6 +45,11 @@ class _Span:
     kv_len: int
     first_page: int
     num_pages: int
+    first_token: int
+
+    @property
+    def length(self) -> int:
+        return self.kv_len - self.first_token
 
 
 def plan_step(
@@ -63,7 +68,8 @@ def plan_step(
         assert 0 <= query_len <= kv_len, f"sequence {s}: {query_len} new of {kv_len} tokens"
         oldest = 0 if window is None else max(0, kv_len - query_len + 1 - window)
         first = oldest // tokens_per_page
-        span = _Span(s, row, query_len, kv_len, first, -(-kv_len // tokens_per_page) - first)
+        last = -(-kv_len // tokens_per_page)
+        span = _Span(s, row, query_len, kv_len, first, last - first, first * tokens_per_page)
         row += query_len
         if query_len:
             (single if query_len == 1 else chunks).append(span)
@@ -95,29 +101,25 @@ def _bucket_work(
 ) -> AttentionWork:
     device = block_tables.device
     num_pages = max(span.num_pages for span in spans)
-    column = torch.tensor([[s.sequence, s.first_page, s.num_pages, s.kv_len, s.row] for s in spans])
-    sequence, first_page, pages, kv_len, rows = column.T.to(device)[:, :, None]  # each [s, 1]
+    length = max(span.length for span in spans)
+    fields = [[s.sequence, s.row, s.kv_len, s.first_page, s.num_pages, s.first_token] for s in spans]
+    sequence, row, kv_len, first_page, pages, first_token = torch.tensor(fields).T[:, :, None]  # each [s, 1]
     # Past its own pages a sequence re-reads its last one: valid memory, and masked like all of its tail.
-    page = first_page + torch.minimum(torch.arange(num_pages, device=device), pages - 1)
-    units = block_tables[sequence, page].long()
-    base = first_page * tokens_per_page
-    length = max(span.kv_len - span.first_page * tokens_per_page for span in spans)
-    position = base + torch.arange(length, device=device)  # [s, length]
+    page = first_page + torch.minimum(torch.arange(num_pages), pages - 1)
+    position = first_token + torch.arange(length)  # [s, length]
     beyond = position >= kv_len
     hidden = beyond if window is None else beyond | (position < kv_len - window)
-    uneven = any(span.kv_len - span.first_page * tokens_per_page != length for span in spans)
-    masked = uneven or (
-        window is not None and any(s.kv_len - window > s.first_page * tokens_per_page for s in spans)
-    )
+    # All on the host until here, where every length is known: asking a device whether to mask would wait for it.
+    stale = beyond.nonzero(as_tuple=True)
     return AttentionWork(
-        rows=rows[:, 0],
-        units=units,
+        rows=row[:, 0].to(device),
+        units=block_tables[sequence.to(device), page.to(device)].long(),
         padded_len=num_pages * tokens_per_page,
         length=length,
         chunk=False,
-        mask=_additive(hidden, dtype)[:, None, None] if masked else None,
+        mask=_additive(hidden, dtype)[:, None, None].to(device) if hidden.any() else None,
         causal=False,
-        stale=_indices(beyond) if uneven else None,
+        stale=(stale[0].to(device), stale[1].to(device)) if len(stale[0]) else None,
     )
 
 
@@ -126,13 +128,11 @@ def _chunk_work(
 ) -> AttentionWork:
     device = block_tables.device
     rows = torch.arange(span.row, span.row + span.query_len, device=device)
-    base = span.first_page * tokens_per_page
-    length = span.kv_len - base
     causal = span.query_len == span.kv_len and (window is None or span.kv_len <= window)
     mask = None
     if not causal:
         query = torch.arange(span.kv_len - span.query_len, span.kv_len, device=device)[:, None]
-        key = torch.arange(base, span.kv_len, device=device)
+        key = torch.arange(span.first_token, span.kv_len, device=device)
         hidden = key > query
         if window is not None:
             hidden |= key <= query - window
@@ -142,7 +142,7 @@ def _chunk_work(
         rows=rows,
         units=block_tables[span.sequence, span.first_page : last_page].long()[None],
         padded_len=span.num_pages * tokens_per_page,
-        length=length,
+        length=span.length,
         chunk=True,
         mask=mask,
         causal=causal,
@@ -152,8 +152,3 @@ def _chunk_work(
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
-
-
-def _indices(mask: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = mask.nonzero(as_tuple=True)
-    return rows, columns

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jinja2
 from jinja2 import nodes
@@ -111,7 +111,7 @@ def _tojson(
 class _GenerationBlock(Extension):
     """{% generation %} marks the assistant's tokens for training; for a prompt its body is all that matters."""
 
-    tags: ClassVar[set[str]] = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 (its type is the base class's)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -99,8 +100,12 @@ def dense(
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
+def _setting() -> Iterator[None]:
     torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("window", [None, 1, 5, 40])
