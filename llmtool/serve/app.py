@@ -130,7 +130,7 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 
 def _add_generation(app: FastAPI, context: ServeContext) -> None:
-    errors = documented(400, 401, 404, 413, 415, 429, 503)
+    errors = documented(400, 401, 404, 413, 415, 429, 502, 503)
 
     @app.post(
         "/v1/completions",

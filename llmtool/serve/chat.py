@@ -48,7 +48,7 @@ class ChatCall:
 
     async def _start(self) -> Generation:
         context, body = self._context, self._body
-        check_combination(body)
+        check_combination(body, bool(body.logprobs))
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs is only allowed with logprobs=true.", param="top_logprobs")
         forced = self._tools.grammar()

@@ -52,7 +52,7 @@ class CompletionCall:
 
     async def _start(self) -> Generation:
         context, body = self._context, self._body
-        check_combination(body)
+        check_combination(body, body.logprobs is not None)
         if body.suffix:
             raise RequestError("suffix is not supported: this model only continues text.", param="suffix")
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens

@@ -29,6 +29,7 @@ _TYPES = {
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
+    502: "generation_error",
     503: "service_unavailable",
 }
 Path = tuple[str | int, ...]
@@ -189,6 +190,7 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         413: "The body is larger than the server takes.",
         415: "The body is not JSON.",
         429: "Too many requests wait; Retry-After says when to come back.",
+        502: "The engine could not finish this answer.",
         503: "The engine is dead, or the server drains.",
     }
     return {s: {"model": ErrorResponse, "description": meaning[s]} for s in statuses}

@@ -149,13 +149,13 @@ class Generation:
         ordered = [streams[i] for i in range(len(prompts))]
         return cls(ordered, observers, prompts, tokenizer, params, options)
 
-    def abort(self) -> None:
-        """End what still runs in the engine."""
+    def abort(self, reason: str = "abort") -> None:
+        """End what still runs in the engine. reason: abort | error, for the metrics."""
         if self._texts:
             self._texts.clear()
             for stream, observer in zip(self._streams, self._observers, strict=True):
                 stream.abort()
-                observer.aborted()
+                observer.ended(reason)
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Everything that is new, in order per answer. Raises EngineDead, GenerationFailed."""
@@ -167,6 +167,9 @@ class Generation:
                         yield delta
                     if not self._texts:
                         break
+        except LLMToolError:
+            self.abort("error")
+            raise
         finally:
             self.abort()
 
@@ -190,8 +193,8 @@ class Generation:
         self.usage.completion_tokens += count
         observer = self._observers[prompt]
         observer.tokens(out.index, count)
-        if out.num_cached_tokens > self._cached[prompt]:
-            self._cached[prompt] = out.num_cached_tokens
+        if out.index == 0:  # the others fork its pages, which is sharing and no cache hit
+            self._cached[prompt] = max(self._cached[prompt], out.num_cached_tokens)
             self.usage.cached_tokens = sum(self._cached)
         if piece.stop is not None:
             delta.finish_reason, delta.stop_reason = FinishReason.STOP.value, piece.stop

@@ -133,8 +133,8 @@ class RequestObserver:
         if index == 0 and times is not None and times.first_scheduled >= 0:
             metrics.queue.observe(times.first_scheduled - times.arrival)
 
-    def aborted(self, reason: str = "abort") -> None:
-        """What is unfinished ends here."""
+    def ended(self, reason: str) -> None:
+        """What is unfinished ends here: abort | error."""
         for _ in range(self._open):
             self._metrics.finished(reason)
         self._open = 0

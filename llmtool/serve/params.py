@@ -10,13 +10,15 @@ from llmtool.errors import RequestError, RequestTooLong
 from llmtool.serve.protocol.common import GenerationFields, JsonObject, ResponseFormat, StructuredOutputs
 
 
-def check_combination(body: GenerationFields) -> None:
+def check_combination(body: GenerationFields, wants_logprobs: bool) -> None:
     """Rules between fields, which types cannot say. Raises RequestError."""
     n, best_of = body.n or 1, body.best_of
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options is only allowed with stream=true.", param="stream_options")
     if best_of is not None and best_of < n:
         raise RequestError(f"best_of ({best_of}) must not be smaller than n ({n}).", param="best_of")
+    if body.use_beam_search and wants_logprobs:
+        raise RequestError("A beam search reports no logprobs.", param="logprobs")
     if body.stream and body.use_beam_search:
         raise RequestError("A beam search is only known at its end: it cannot be streamed.", param="stream")
     if body.stream and best_of is not None and best_of > n:
@@ -99,7 +101,13 @@ def requested_grammar(body: GenerationFields) -> Grammar | None:
     if body.response_format is not None:
         found += _from_response_format(body.response_format)
     if body.structured_outputs is not None:
-        found += _from_structured(body.structured_outputs)
+        given = _from_structured(body.structured_outputs)
+        if not given:  # better than to ignore a constraint of a kind unknown here
+            raise RequestError(
+                "structured_outputs needs one of json, regex, choice, grammar or json_object.",
+                param="structured_outputs",
+            )
+        found += given
     old = StructuredOutputs(
         json=body.guided_json, regex=body.guided_regex, choice=body.guided_choice, grammar=body.guided_grammar
     )

@@ -51,6 +51,7 @@ async def test_every_shape_of_prompt_in_order(connect: Connect) -> None:
         (2, "five"),
         (3, "five"),
     ]
+    assert ids["usage"]["prompt_tokens_details"] == {"cached_tokens": 8}  # two prompts, whatever n is
     assert texts["usage"]["prompt_tokens"] == sum(len(tok.encode(t)) for t in ("one", "two", "three"))
 
 

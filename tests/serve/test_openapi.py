@@ -66,7 +66,7 @@ schema = schemathesis.openapi.from_dict(_document())
 
 @schema.parametrize()
 @settings(
-    max_examples=25,
+    max_examples=20,
     derandomize=True,
     deadline=None,
     database=None,

@@ -147,6 +147,16 @@ async def test_request_metrics_count_what_happened(connect: Connect) -> None:
     assert got["vllm:request_generation_tokens_bucket", "le=2.0"] == 1
 
 
+async def test_failed_answers_count_as_errors(connect: Connect) -> None:
+    async with connect(fail_at=2) as client:
+        await client.refused("/v1/completions", 502, prompt="a", n=3)
+        got = await scrape(client)
+    reasons = {
+        r: got["vllm:request_success_total", f"finished_reason={r}"] for r in ("stop", "abort", "error")
+    }
+    assert reasons == {"stop": 0, "abort": 0, "error": 3}
+
+
 async def test_metrics_under_our_own_names(connect: Connect) -> None:
     async with connect(config=ServerConfig(metrics_compat="none")) as client:
         text = (await client.http.get("/metrics")).text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtool.models.detokenizer import Detokenizer
@@ -23,6 +23,7 @@ def oracle(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(ALPHABET, max_size=4), max_size=12), stops_of)
 def test_stop_strings_do_not_depend_on_the_pieces(pieces: list[str], stops: list[str]) -> None:
     search, out = StopStrings(stops), ""
@@ -35,6 +36,7 @@ def test_stop_strings_do_not_depend_on_the_pieces(pieces: list[str], stops: list
     assert (out, search.found) == oracle("".join(pieces), stops)
 
 
+@settings(deadline=None)
 @given(st.text(ALPHABET, max_size=12), stops_of)
 def test_only_what_may_become_a_stop_string_is_held_back(text: str, stops: list[str]) -> None:
     search = StopStrings(stops)
@@ -45,6 +47,7 @@ def test_only_what_may_become_a_stop_string_is_held_back(text: str, stops: list[
         assert held == "" or any(s.startswith(held) and s != held for s in stops)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30), st.lists(st.integers(1, 5), min_size=1, max_size=30))
 def test_answer_text_joins_to_the_whole(text: str, cuts: list[int]) -> None:
     tokens = tiny_tokenizer().encode(text)

@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtool.serve.tools.parser import CallArguments, CallStart, Event, Text, ToolCallParser
@@ -66,6 +66,7 @@ def test_formats(text: str, content: str, calls: Calls) -> None:
     assert gather([*parser.feed(text), *parser.finish()]) == (content, calls)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(CASES), st.lists(st.integers(1, 9), min_size=1, max_size=80))
 def test_streaming_finds_the_same(case: tuple[str, str, Calls], sizes: list[int]) -> None:
     text, content, calls = case
@@ -97,6 +98,7 @@ def test_without_parallel_only_the_first_call_is_kept() -> None:
     assert calls == [PARIS]
 
 
+@settings(deadline=None)
 @given(st.text('{}[]"\\,:<>/ tool_cal|namerguets', max_size=60))
 def test_anything_goes_through_without_harm(text: str) -> None:
     whole, pieces = ToolCallParser(NAMES), ToolCallParser(NAMES)

@@ -106,7 +106,6 @@ class GenerationFields(Body):
     return_tokens_as_token_ids: bool | None = False
     priority: Int64 | None = 0
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
-    request_id: Annotated[str, Field(max_length=256)] | None = None
 
     @property
     def stop_strings(self) -> list[str]:
