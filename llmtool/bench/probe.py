@@ -42,7 +42,10 @@ class ClientLoad:
         return bool(self.warnings)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"is_bottleneck": self.is_bottleneck}
+        """Without the warnings: those belong to the run's."""
+        figures = asdict(self)
+        del figures["warnings"]
+        return figures | {"is_bottleneck": self.is_bottleneck}
 
 
 class LoopProbe:
