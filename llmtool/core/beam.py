@@ -41,7 +41,7 @@ class BeamSearch:
         self.live: list[Request] = [root]
         self.finished: list[Hypothesis] = []  # the best `width`, best first
         self.next_index = 1
-        self.seated = False  # its seats are taken from the root's admission to the end
+        self.num_running = 0  # beams that hold pages and a seat
         self._top: dict[str, tuple[tuple[int, float], ...]] = {}
 
     def report(self, beam: Request, logprob: TokenLogprob) -> bool:

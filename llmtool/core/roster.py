@@ -57,28 +57,33 @@ class Roster:
         self.waiting.push(root)
 
     def seats_needed(self, request: Request) -> int:
-        """A beam search takes all its seats with its first beam and keeps them."""
+        """A beam search takes all its seats with its first running beam, and keeps them until none runs."""
         search = self.beams.get(request.group)
         if search is None:
             return 1
-        return 0 if search.seated else search.params.width
+        return 0 if search.num_running else search.params.width
 
     def seats_free(self) -> int:
         return self.max_seats - self._seats
 
     def run(self, request: Request) -> None:
         """From the queue's head to the running."""
-        self._seats += self.seats_needed(request)
-        if request.group in self.beams:
-            self.beams[request.group].seated = True
         popped = self.waiting.pop()
         assert popped is request
         self.join(request)
 
     def join(self, request: Request) -> None:
-        """Among the running, whose seat is taken already."""
+        """Among the running."""
+        self._seats += self.seats_needed(request)
+        if request.group in self.beams:
+            self.beams[request.group].num_running += 1
         request.status = RequestStatus.RUNNING
         insort(self.running, request, key=_order)
+
+    def _leave_seat(self, request: Request) -> None:
+        if request.group in self.beams:
+            self.beams[request.group].num_running -= 1
+        self._seats -= self.seats_needed(request)
 
     def release_children(self, parent: Request) -> None:
         """The parent's prompt is computed, or will never be: its siblings queue up."""
@@ -120,18 +125,12 @@ class Roster:
         self.ended.append(request.id)
         self.release_children(request)
 
-    def _leave_seat(self, request: Request) -> None:
-        if request.group not in self.beams:
-            self._seats -= 1
-
     def sweep(self) -> None:
         """Forget what has ended since the last sweep."""
         self.running = [r for r in self.running if r.status != RequestStatus.FINISHED]
         for group in [g for g, members in self.groups.items() if all(r.finished for r in members)]:
             del self.groups[group]
-            search = self.beams.pop(group, None)
-            if search is not None and search.seated:
-                self._seats -= search.params.width
+            self.beams.pop(group, None)
 
     # -- looking in ----------------------------------------------------------------------------------------
 
@@ -154,6 +153,8 @@ class Roster:
         assert len(waiting) == len(self.waiting)
         assert self.running == sorted(self.running, key=_order)
         seats = sum(1 for r in self.running if r.group not in self.beams)
-        seats += sum(search.params.width for search in self.beams.values() if search.seated)
+        seats += sum(search.params.width for search in self.beams.values() if search.num_running)
+        for group, search in self.beams.items():
+            assert search.num_running == sum(1 for r in self.running if r.group == group)
         assert seats == self._seats <= self.max_seats
         assert all(r.num_computed <= r.num_submitted <= len(r.token_ids) for r in self.running)

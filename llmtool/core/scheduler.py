@@ -176,14 +176,23 @@ class Scheduler:
         if request is None:
             return
         needed = self.allocator.pages_for(len(request.token_ids))
-        while self._roster.running:
-            last = self._roster.running[-1]
-            seats = self._roster.seats_needed(request) <= self._roster.seats_free()
-            if last.priority <= request.priority or last.in_flight:
+        while True:
+            seated = self._roster.seats_needed(request) <= self._roster.seats_free()
+            if seated and self.allocator.available() >= needed + len(self._roster.running):
                 return
-            if seats and self.allocator.available() >= needed + len(self._roster.running):
+            victim = self._lower(request.priority)
+            if victim is None:
                 return
-            self._preempt(last, out)
+            self._preempt(victim, out)
+
+    def _lower(self, priority: int) -> Request | None:
+        """The last running sequence of lower priority that no submitted step uses."""
+        for other in reversed(self._roster.running):
+            if other.priority <= priority:
+                return None
+            if other.in_flight == 0:
+                return other
+        return None
 
     def _preempt(self, victim: Request, out: SchedulerOutput) -> None:
         assert victim.in_flight == 0
@@ -205,9 +214,9 @@ class Scheduler:
     def _admit(self, out: SchedulerOutput, work: list[Request], budget: int, now: float) -> None:
         """Let waiting sequences in, in order, while seats, pages and budget last."""
         while budget > 0 and (request := self._roster.waiting.peek()) is not None:
-            if self._roster.seats_needed(request) > self._roster.seats_free():
-                break
             try:
+                if self._roster.seats_needed(request) > self._roster.seats_free():
+                    raise OutOfPages(self._roster.seats_needed(request), self._roster.seats_free(), "seats")
                 grown = self._start(request, budget, out)
             except OutOfPages:
                 if self._unblock(out):

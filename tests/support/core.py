@@ -33,7 +33,9 @@ def next_token(tokens: Sequence[int], seed: int) -> int:
 
 def next_logprobs(tokens: Sequence[int], k: int) -> tuple[tuple[int, float], ...]:
     """Distinct, strictly ordered log-probabilities over the vocabulary."""
-    scored = [(token, -((digest([*tokens, token]) % 10_000) + token / VOCAB) / 1000) for token in range(VOCAB)]
+    scored = [
+        (token, -((digest([*tokens, token]) % 10_000) + token / VOCAB) / 1000) for token in range(VOCAB)
+    ]
     return tuple(sorted(scored, key=lambda p: -p[1])[:k])
 
 
@@ -55,7 +57,9 @@ class MemoryExecutor:
         self.failing: set[str] = set()
         self.max_batch_tokens = 0
 
-    def _copy(self, target: dict[int, list[int]], source: dict[int, list[int]], copies: list[PageCopy]) -> None:
+    def _copy(
+        self, target: dict[int, list[int]], source: dict[int, list[int]], copies: list[PageCopy]
+    ) -> None:
         for copy in copies:
             target[copy.dst] = list(source.get(copy.src, [-1] * self._size))
 
