@@ -1,6 +1,6 @@
 """How many streams can the bench client follow before it is the bottleneck itself?
 
-    python benchmarks/bench_client.py [--streams 50 100 200 400] [--itl 0.04] [--out
+    python benchmarks/bench_client.py [--streams 50 100 200 400] [--itl 0.02] [--out
     benchmarks/results/bench_client.json]
 
 A mock server in a second process sends a chunk every `--itl` seconds on each stream. What the client measures is
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -63,11 +64,12 @@ def main() -> None:
     )
     parser.add_argument("--streams", type=int, nargs="+", default=[50, 100, 200, 400])
     parser.add_argument("--seconds", type=float, default=5.0, help="length of one run")
-    parser.add_argument("--itl", type=float, default=0.04, help="seconds between the mock's chunks")
+    parser.add_argument("--itl", type=float, default=0.02, help="seconds between the mock's chunks")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--asyncio", action="store_true", help="asyncio's own loop instead of uvloop")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    load_before = round(os.getloadavg()[0], 2)  # of others: above 0 the lags are not the client's alone
     runner = asyncio.run if args.asyncio else run_blocking
     command = [sys.executable, "-m", "llmtool.bench.mock", "--ttft", "0.1", "--itl", str(args.itl)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -90,6 +92,7 @@ def main() -> None:
         "benchmark": "bench_client",
         "event_loop": "asyncio" if args.asyncio else "uvloop",
         "repeats": args.repeats,
+        "load_average_before": load_before,
         "client_cpu_us_per_chunk_median": cost,
         "rows": rows,
         "hardware": hardware(),

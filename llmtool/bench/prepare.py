@@ -54,10 +54,13 @@ def build_warmups(config: BenchConfig, tokenizer: Tokenizer | None) -> list[Benc
 def _dataset(config: BenchConfig, tokenizer: Tokenizer | None, n: int, seed: int) -> list[BenchRequest]:
     d = config.dataset
     rng = np.random.default_rng(seed)
+    # Not every server has /tokenize: text is measured only where its length decides something.
     if d.dataset_name == "sharegpt":
-        return sharegpt_requests(d.dataset_path or "", n, rng, tokenizer, d.output_len)
+        measure = tokenizer if d.output_len is None or d.max_model_len is not None else None
+        return sharegpt_requests(d.dataset_path or "", n, rng, measure, d.output_len)
     if d.dataset_name == "custom":
-        return custom_requests(d.dataset_path or "", n, rng, tokenizer, d.output_len)
+        measure = tokenizer if d.max_model_len is not None else None
+        return custom_requests(d.dataset_path or "", n, rng, measure, d.output_len)
     source = TokenSource(need(tokenizer, f"to make the prompts of the {d.dataset_name} dataset"))
     if d.dataset_name in TRACE_FORMATS:
         rows = read_trace(d.dataset_name, d.dataset_path or "", n)

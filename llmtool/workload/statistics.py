@@ -67,7 +67,7 @@ def mean_interval(
     means = bootstrap(x, lambda v: v.mean(axis=1), rng)
     error = float(means.std()) * np.sqrt(n / (n - 1))  # the bootstrap variance is a plug-in one, 1/n
     half = float(stdtrit(max(1, -(-n // block_length(n)) - 1), 0.5 + confidence / 2)) * error
-    return float(x.mean()) - half, float(x.mean()) + half
+    return float(x.mean() - half), float(x.mean() + half)
 
 
 def quantile_interval(

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +89,19 @@ def test_offsets_follow_the_load() -> None:
     poisson = LoadConfig(request_rate=4.0)
     assert build_offsets(poisson, untimed, 1).tolist() == build_offsets(poisson, timed, 1).tolist()
     assert build_offsets(poisson, untimed, 1).tolist() != build_offsets(poisson, untimed, 2).tolist()
+
+
+def test_text_is_tokenized_only_where_its_length_decides_something(tmp_path: Path) -> None:
+    class Broken(ByteTokenizer):
+        def encode(self, text: str) -> Sequence[int]:
+            raise UsageError("no /tokenize here")
+
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"prompt": "hello"}\n')
+    data = DatasetConfig(dataset_name="custom", dataset_path=str(path), num_prompts=2)
+    assert [r.text for r in build_requests(BenchConfig(dataset=data), Broken())] == ["hello", "hello"]
+    with pytest.raises(UsageError, match="no /tokenize"):
+        build_requests(BenchConfig(dataset=replace(data, max_model_len=200)), Broken())
 
 
 def test_too_small_a_model_length_leaves_nothing() -> None:
