@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from llmtool.config import EngineConfig
+from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import uniform_group
 from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import SamplingParams, TokenLogprob
@@ -76,7 +76,7 @@ class TorchExecutor:
         self._matchers: dict[int, LLMatcher] = {}  # row -> its grammar's state
         self._logprobs: dict[int, int] = {}  # row -> how many of the best tokens to list
         self._prompt_logprobs: dict[int, int] = {}  # the same, for rows whose prompt is asked about
-        self._failed: dict[str, str] = {}  # sequences that may not run any more, until they are forgotten
+        self._failed: dict[str, str] = {}  # sequences that could not be taken in, until they are forgotten
         self._results: deque[StepResult] = deque()
 
     # -- the port ------------------------------------------------------------------------------------------
@@ -116,7 +116,6 @@ class TorchExecutor:
         scheduled = self._runnable(out.scheduled, outcome)
         if scheduled:
             self._execute(scheduled, outcome)
-        self._failed |= outcome.errors
         tokens = [[outcome.tokens[e.id]] if e.id in outcome.tokens else [] for e in out.scheduled]
         return StepResult(out.step_id, tokens, outcome.logprobs, outcome.prompt_logprobs, outcome.errors)
 
@@ -268,7 +267,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
 
     Raises ModelError, UsageError, or InfeasibleError when the model's pages do not fit.
     """
-    device, dtype = pick_device(config.device), pick_dtype(config.dtype, pick_device(config.device))
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
     num_threads = set_threads(config.num_threads)
     progress("Finding the model", 0.0)
     directory = resolve(config.model, config.revision, _fraction(progress, "Converting the model"))
@@ -292,28 +292,41 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     executor = TorchExecutor(model, store, config.max_num_seqs, budget.max_model_len, eos, grammars)
     progress("Warming up", 1.0)
     executor.warmup()
-    info = EngineInfo(
+    scheduler = config.scheduler(budget.max_model_len)
+    info = _describe(config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads)
+    return EngineParts(executor, group, budget.num_pages, budget.host_pages, scheduler, info)
+
+
+def _describe(
+    config: EngineConfig,
+    executor: TorchExecutor,
+    scheduler: SchedulerConfig,
+    tokenizer_dir: str,
+    eos_token_ids: tuple[int, ...],
+    activations: int,
+    num_threads: int,
+) -> EngineInfo:
+    model, store = executor.model, executor.store
+    return EngineInfo(
         model=config.model,
         served_model_name=config.served_model_name or config.model,
-        tokenizer_dir=str(tokenizer_dir),
-        device=str(device),
-        dtype=str(dtype).removeprefix("torch."),
-        max_model_len=budget.max_model_len,
-        vocab_size=spec.vocab_size,
-        eos_token_ids=eos,
-        max_num_seqs=limits.max_num_seqs,
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        num_pages=budget.num_pages,
-        tokens_per_page=group.tokens_per_page,
-        page_bytes=group.page_bytes,
-        host_pages=budget.host_pages,
-        num_parameters=spec.num_parameters,
-        weight_bytes=spec.num_parameters * dtype.itemsize,
+        tokenizer_dir=tokenizer_dir,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        max_model_len=scheduler.max_model_len,
+        vocab_size=model.spec.vocab_size,
+        eos_token_ids=eos_token_ids,
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        num_pages=store.num_pages,
+        tokens_per_page=store.group.tokens_per_page,
+        page_bytes=store.group.page_bytes,
+        host_pages=store.host_pages,
+        num_parameters=model.spec.num_parameters,
+        weight_bytes=model.spec.num_parameters * model.dtype.itemsize,
         activation_bytes=activations,
         num_threads=num_threads,
     )
-    scheduler = config.scheduler(budget.max_model_len)
-    return EngineParts(executor, group, budget.num_pages, budget.host_pages, scheduler, info)
 
 
 def _tokenizer_dir(config: EngineConfig) -> Path:

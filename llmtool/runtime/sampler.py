@@ -20,6 +20,7 @@ from llmtool.runtime.penalties import PenaltyTable
 from llmtool.runtime.random import uniforms
 
 WINDOW = 256  # largest logits looked at before a whole row is sorted
+CPU_ROWS = 8  # rows sampled at once on a CPU: of a 50k vocabulary, so many stay in its caches
 
 Ints = NDArray[np.int64]
 
@@ -33,6 +34,13 @@ class GrammarMask:
 
     index: Ints
     words: NDArray[np.int32]
+
+    def part(self, rows: Ints) -> GrammarMask | None:
+        """The mask of `rows` (ascending) alone, counted from their first; None if it touches none of them."""
+        inside = np.isin(self.index, rows)
+        if not inside.any():
+            return None
+        return GrammarMask(np.searchsorted(rows, self.index[inside]), self.words[inside])
 
 
 class SamplingRows:
@@ -130,24 +138,23 @@ def sample(
     sampled. num_outputs: [S] output tokens each sequence has already. Returns tokens [S] int64 and peaks [S]: the
     largest logit that was left, not finite where the row cannot be sampled (NaN, or everything forbidden).
     """
-    features = rows.features[index]
-    if mask is None and not features.any():
-        peaks, tokens = logits.max(dim=1)
-        return tokens, peaks
-    touched = features != 0
+    touched = rows.features[index] != 0
     if mask is not None:
         touched[mask.index] = True
-    at = np.flatnonzero(touched)  # [T]
-    if len(at) == len(index):
-        peaks, tokens = _sample_touched(logits.clone(), rows, index, positions, num_outputs, mask)
-        return tokens, peaks
     peaks, tokens = logits.max(dim=1)
-    where = torch.from_numpy(at).to(logits.device)
-    if mask is not None:
-        mask = GrammarMask(np.searchsorted(at, mask.index), mask.words)
-    peaks[where], tokens[where] = _sample_touched(
-        logits[where], rows, index[at], positions[at], num_outputs[at], mask
-    )
+    at = np.flatnonzero(touched)  # [T]
+    step = CPU_ROWS if logits.device.type == "cpu" else max(1, len(at))
+    for begin in range(0, len(at), step):
+        part = at[begin : begin + step]
+        where = torch.from_numpy(part).to(logits.device)
+        peaks[where], tokens[where] = _sample_touched(
+            logits[where],
+            rows,
+            index[part],
+            positions[part],
+            num_outputs[part],
+            None if mask is None else mask.part(part),
+        )
     return tokens, peaks
 
 
@@ -219,16 +226,12 @@ def _draw(x: torch.Tensor, rows: SamplingRows, index: Ints, u: NDArray[np.float6
     # After the subtraction, so that a tiny temperature gives -inf and never inf - inf.
     x = x.div_(torch.from_numpy(rows.temperature[index]).to(x.device)[:, None])
     weights = x.exp()  # [D, V]; the largest is exactly 1
-    at = np.flatnonzero(rows.features[index] & FILTER)
-    if len(at):
-        where = torch.from_numpy(at).to(x.device)
-        r = index[at]
+    if (rows.features[index] & FILTER).any():
         top_k, top_p, log_min_p = (
-            torch.from_numpy(a[r]).to(x.device) for a in (rows.top_k, rows.top_p, rows.log_min_p)
+            torch.from_numpy(a[index]).to(x.device) for a in (rows.top_k, rows.top_p, rows.log_min_p)
         )
-        kept, logits = weights[where], x[where]
-        cutoff = cutoffs(logits, kept, top_k, top_p, log_min_p)
-        weights[where] = kept.masked_fill_(logits < cutoff[:, None], 0.0)
+        cutoff = cutoffs(x, weights, top_k, top_p, log_min_p)
+        weights.masked_fill_(x < cutoff[:, None], 0.0)
     cdf = weights.cumsum(dim=1, dtype=torch.float64)
     total = cdf[:, -1:].contiguous()
     target = torch.from_numpy(u).to(x.device)[:, None] * total
@@ -252,10 +255,10 @@ def cutoffs(
     for find_largest in (_window, sorted_descending):
         if len(todo) == 0:
             break
-        rows = x[todo]
-        cutoff[todo], done = _from_descending(
-            find_largest(rows), rows, weights[todo], top_k[todo], top_p[todo], log_min_p[todo]
-        )
+        all_of_them = len(todo) == len(cutoff)  # spares copies of x and weights
+        args = (x, weights, top_k, top_p, log_min_p)
+        picked = args if all_of_them else tuple(t[todo] for t in args)
+        cutoff[todo], done = _from_descending(find_largest(picked[0]), *picked)
         todo = todo[~done]
     return cutoff
 
@@ -273,13 +276,16 @@ def _from_descending(
     done = top_k <= m
     kth = ordered.gather(1, (top_k.clamp(1, m) - 1)[:, None]).squeeze(1)  # [F]
     cutoff = torch.where(top_k > 0, torch.maximum(kth, floor), floor)
+    if not bool((top_p < 1).any()):
+        return cutoff, done
     # Everything that stays, ties past the window included, is the mass that top-p takes its part of.
-    mass = weights.masked_fill(x < cutoff[:, None], 0.0).sum(dim=1, dtype=torch.float64)  # [F]
+    mass = (weights * (x >= cutoff[:, None])).sum(dim=1, dtype=torch.float64)  # [F]
     left = ordered.exp().masked_fill(ordered < cutoff[:, None], 0.0)  # [F, M]
     cdf = left.cumsum(dim=1, dtype=torch.float64)
     reached = torch.searchsorted(cdf, (top_p * mass)[:, None]).squeeze(1)  # first place with that much
     done &= (top_p >= 1) | (reached < m) | (m == vocab)
     nucleus = ordered.gather(1, reached.clamp(max=m - 1)[:, None]).squeeze(1)
+    # Rounding may put `reached` past what the other filters left.
     return torch.where(top_p < 1, torch.maximum(cutoff, nucleus), cutoff), done
 
 

@@ -102,6 +102,7 @@ def test_preempted_sequences_resume_where_they_were(tiny: TinyModel, told_as: st
     broken.preempt("a", told_as)
     broken.preempt("b", told_as)
     broken.run(["c"], 7)
+    assert set(broken.executor._sequences.row_of) == {"c"}
     broken.step({"b": 3})
     broken.preempt("b", told_as)
     broken.run(names, 10)
