@@ -16,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from llmtool.bench.counters import read_counters
+from llmtool.bench.counters import read_counters, read_memory
 from llmtool.bench.sse import StreamError, StreamParser, error_message
 from llmtool.errors import LLMToolError, UsageError
 from llmtool.workload.metrics import RequestRecord
@@ -121,12 +121,19 @@ class HttpBackend:
         fill(record, parser, request, time.perf_counter())
 
     async def counters(self) -> dict[str, float]:
+        return read_counters(await self._metrics())
+
+    async def memory(self) -> dict[str, int]:
+        return read_memory(await self._metrics())
+
+    async def _metrics(self) -> str:
+        """The server's Prometheus page; empty where it has none."""
         try:
             timeout = aiohttp.ClientTimeout(total=5)
             async with self._session.get(self._url + "/metrics", timeout=timeout) as response:
-                return read_counters(await response.text()) if response.status == 200 else {}
+                return await response.text() if response.status == 200 else ""
         except (TimeoutError, aiohttp.ClientError, OSError, UnicodeDecodeError):
-            return {}
+            return ""
 
 
 def fill(record: RequestRecord, parser: StreamParser, request: BenchRequest, now: float) -> None:

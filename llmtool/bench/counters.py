@@ -34,6 +34,14 @@ def read_counters(page: str) -> dict[str, float]:
     return totals
 
 
+_MEMORY = re.compile(r"^llmtool:memory_bytes\{.*?kind=\"(\w+)\".*?\}\s+([-+.\deE]+)", re.M)
+
+
+def read_memory(page: str) -> dict[str, int]:
+    """What `llmtool serve` says of its memory, in bytes by use; {} of other servers."""
+    return {kind: int(float(value)) for kind, value in _MEMORY.findall(page)}
+
+
 def growth(before: dict[str, float], after: dict[str, float]) -> dict[str, Any]:
     """Counters over the run, with the rates that follow, under vLLM's result-file names where it has one.
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from llmtool.core.request import FinishReason, SamplingParams, SequenceOutput
 from llmtool.core.stats import EngineStats
 from llmtool.errors import LLMToolError, UsageError
+from llmtool.runtime.parts import Sizes, memory_bytes
 from llmtool.workload.metrics import RequestRecord
 from llmtool.workload.requests import BenchRequest, ChatMessage
 
@@ -41,6 +42,8 @@ class AsyncEngineLike(Protocol):
 
     @property
     def stats(self) -> EngineStats: ...
+    @property
+    def info(self) -> Sizes: ...
 
 
 class PromptTokenizer(Protocol):
@@ -91,6 +94,9 @@ class EngineBackend:
             "prompt_tokens": stats.prompt_tokens,
             "generation_tokens": stats.generation_tokens,
         }
+
+    async def memory(self) -> dict[str, int]:
+        return memory_bytes(self._engine.info, self._engine.stats)
 
     def prompt(self, request: BenchRequest) -> Sequence[int]:
         if request.token_ids is not None:

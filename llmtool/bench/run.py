@@ -130,6 +130,8 @@ class _Bench:
         before = await self._backend.counters()
         outcome = await self._load(self._requests, offsets, load.max_concurrency, load.duration, phase)
         server = growth(before, await self._backend.counters())
+        if memory := await self._backend.memory():
+            server["memory_bytes"] = memory
         metrics = await asyncio.to_thread(
             summarize, outcome.records, outcome.duration, config.slos, config.metric_percentiles, config.seed
         )

@@ -35,6 +35,7 @@ def bench(
         list[str] | None,
         typer.Option(metavar="A.json B.json", help="Compare two results: --compare A.json --compare B.json."),
     ] = None,
+    show: Annotated[str | None, typer.Option(metavar="FILE", help="Show a result again.")] = None,
     output_file: Annotated[
         str | None, typer.Option("--output", "-o", metavar="FILE", help="Write the result as JSON.")
     ] = None,
@@ -132,6 +133,9 @@ def bench(
     output = Output(as_json, quiet)
     if compare:
         bench_run.compare_files([*compare, *([model] if model else []), *(files or [])], output, html)
+        return
+    if show is not None:
+        bench_run.show_file(show, output, html)
         return
     if files:
         raise UsageError(f"Unexpected argument {files[0]!r}.", "One model is benched at a time.")

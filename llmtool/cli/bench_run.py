@@ -30,14 +30,15 @@ def measure(config: BenchConfig, engine: EngineConfig, api_key: str | None, outp
 
 
 async def _over_http(config: BenchConfig, api_key: str | None, bar: Bar) -> BenchResult:
-    assert config.url is not None
+    url = config.url
+    assert url is not None
     config, backend = await connect(config, api_key)
     try:
         tokenizer: ModelTokenizer | ServerTokenizer
         if config.tokenizer:
             tokenizer = load_tokenizer(config.tokenizer)
         else:
-            tokenizer = ServerTokenizer(config.url, config.model, api_key)
+            tokenizer = ServerTokenizer(url, config.model, api_key)
         return await run_bench(config, backend, tokenizer, _on(bar))
     finally:
         await backend.close()
@@ -86,10 +87,6 @@ def report(result: BenchResult, output: Output, json_file: str | None, html_file
         _show_sweep(result, output)
     for warning in result.warnings:
         output.warn(warning)
-    failed = sum(run.metrics["failed"] for run in result.runs)
-    if failed:
-        first = next((e for run in result.runs for e in run.metrics.get("errors", ()) if e), "")
-        output.warn(f"{failed} requests failed; the first one: {first}")
     if not any(run.metrics["completed"] for run in result.runs):
         raise LLMToolError("No request succeeded.")
 
@@ -107,8 +104,9 @@ def _show_run(result: BenchResult, output: Output) -> None:
     ]
     if m.get("request_goodput") is not None:
         rows.append(("SLO goodput", f"{m['request_goodput']:.2f} requests/s"))
-    if "prefix_cache_hit_rate" in run.server:
-        rows.append(("Prefix cache hit rate", f"{100 * run.server['prefix_cache_hit_rate']:.1f} %"))
+    hit_rate = {**m, **run.server}.get("prefix_cache_hit_rate")
+    if hit_rate is not None:
+        rows.append(("Prefix cache hit rate", f"{100 * hit_rate:.1f} %"))
     rows += [(name, size(value)) for name, value in memory_rows(run)]
     output.table(f"{result.model} — {result.backend}", ("", "value"), rows)
     latency = []
@@ -122,7 +120,7 @@ _PARTS = ("mean", "p50", "p90", "p95", "p99")
 
 
 def memory_rows(run: RunResult) -> list[tuple[str, int]]:
-    memory = run.server.get("memory_bytes") or {}
+    memory = run.server.get("memory_bytes") or run.metrics.get("memory_bytes") or {}
     return [(f"Memory: {_MEMORY.get(kind, kind)}", value) for kind, value in memory.items()]
 
 
@@ -169,6 +167,10 @@ def _show_sweep(result: BenchResult, output: Output) -> None:
 
 def _ms(value: Any) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+def show_file(file: str, output: Output, html: str | None) -> None:
+    report(read_result(file), output, None, html)
 
 
 def compare_files(files: list[str], output: Output, html: str | None) -> None:

@@ -56,7 +56,7 @@ class Committer:
             ended = ended or output.finish_reason is not None
         if ended:
             roster.sweep()
-        roster.stats.steps += 1
+        roster.count_step()
         return outputs
 
     def _prompt_progress(self, request: Request, result: StepResult) -> None:
@@ -78,7 +78,8 @@ class Committer:
                 request.cumulative_logprob += logprobs[position].logprob
             made = len(request.token_ids) - request.num_prompt_tokens
             reason = None
-            if token in request.stop_tokens and made >= request.params.min_tokens:
+            if token in request.stop_tokens and (made >= request.params.min_tokens or request.params.grammar):
+                # A grammar that is complete allows nothing but an end, whatever min_tokens asks.
                 reason, request.stopped_by = FinishReason.STOP, token
             elif made >= request.max_tokens:
                 reason = FinishReason.LENGTH

@@ -132,6 +132,12 @@ class Roster:
             del self.groups[group]
             self.beams.pop(group, None)
 
+    def count_step(self) -> None:
+        self.stats.steps += 1
+        used = self.allocator.usage()[0]
+        if used > self.stats.pages_peak:
+            self.stats.pages_peak = used
+
     # -- looking in ----------------------------------------------------------------------------------------
 
     def snapshot(self) -> EngineStats:

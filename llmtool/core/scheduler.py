@@ -83,6 +83,11 @@ class Scheduler:
         assert submitted is out and result.step_id == out.step_id, "steps are committed in order"
         return self._committer.commit(out, work, result, now)
 
+    @property
+    def stats(self) -> EngineStats:
+        """The counters; `snapshot` also brings its gauges up to date."""
+        return self._roster.stats
+
     def snapshot(self) -> EngineStats:
         """Counters with the gauges of now."""
         return self._roster.snapshot()

@@ -7,13 +7,18 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class EngineStats:
-    """Tokens, pages and sequences; `prefix_*` are tokens looked up and found. steps: committed steps."""
+    """Tokens, pages and sequences; `prefix_*` are tokens looked up and found. steps: committed steps.
+
+    rss_bytes: memory of the engine's process, filled in by whoever runs one.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
     pages_total: int = 0
     pages_used: int = 0
     pages_cached: int = 0
+    pages_peak: int = 0  # most in use at once
+    rss_bytes: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     generation_tokens: int = 0

@@ -13,6 +13,7 @@ import traceback
 from dataclasses import replace
 from importlib import import_module
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from llmtool.config import EngineConfig
@@ -141,7 +142,18 @@ class _Loop:
             self._connection.send(("step", plain, rest, num_tokens))
 
     def _send_stats(self) -> None:
-        self._connection.send(("stats", self._engine.stats))
+        stats = self._engine.stats
+        stats.rss_bytes = rss_bytes()
+        self._connection.send(("stats", stats))
+
+
+def rss_bytes() -> int:
+    """Resident memory of this process; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def _is_plain(output: SequenceOutput) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import KVCacheGroup
 from llmtool.core.ports import Executor
+from llmtool.core.stats import EngineStats
 
 Progress = Callable[[str, float], None]
 """(what is being done, fraction in [0, 1])"""
@@ -43,6 +45,27 @@ class EngineInfo:
     @property
     def kv_bytes(self) -> int:
         return self.num_pages * self.page_bytes
+
+
+class Sizes(Protocol):
+    """The part of EngineInfo that says how large things are."""
+
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def page_bytes(self) -> int: ...
+
+
+def memory_bytes(info: Sizes, stats: EngineStats) -> dict[str, int]:
+    """By use: weights; KV pages in all, and the most in use at once; resident memory of the engine's process."""
+    return {
+        "weights": info.weight_bytes,
+        "kv_cache": info.num_pages * info.page_bytes,
+        "kv_peak": stats.pages_peak * info.page_bytes,
+        "rss": stats.rss_bytes,
+    }
 
 
 @dataclass(slots=True)

@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from llmtool.core.request import RequestTimes, SamplingParams
+from llmtool.runtime.parts import memory_bytes
 from llmtool.serve.ports import Engine
 
 # fmt: off
@@ -177,6 +178,10 @@ class EngineCollector(Collector):
         for state, count in (("used", stats.pages_used), ("cached", stats.pages_cached), ("free", free)):
             pages.add_metric([*model, state], count)
         yield pages
+        memory = GaugeMetricFamily("llmtool:memory_bytes", "Memory by use.", labels=["model_name", "kind"])
+        for kind, nbytes in memory_bytes(self._engine.info, self._engine.stats).items():
+            memory.add_metric([*model, kind], nbytes)
+        yield memory
         alive = GaugeMetricFamily("llmtool:engine_alive", "1 while the engine runs.", labels=["model_name"])
         alive.add_metric(model, 0 if self._engine.dead else 1)
         yield alive

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +47,8 @@ class Engine:
         self.calls: list[tuple[str, list[int], SamplingParams, int, str]] = []
         self.aborts = self.open = 0
         self.refuse: Exception | None = None
-        self.stats = EngineStats()
+        self.stats = EngineStats(pages_peak=3, rss_bytes=1000)
+        self.info = SimpleNamespace(weight_bytes=100, num_pages=10, page_bytes=512)
 
     async def add(
         self,
@@ -163,6 +165,8 @@ def test_a_whole_run_in_process() -> None:
     assert (m["completed"], m["total_output_tokens"], m["cached_tokens"]) == (10, 40, 20)
     assert len({call[0] for call in engine.calls}) == 11  # ids are unique, the warm-up's too
     assert result.runs[0].server["server_counters"]["prompt_tokens"] == 60
+    memory = {"weights": 100, "kv_cache": 5120, "kv_peak": 1536, "rss": 1000}
+    assert result.runs[0].server["memory_bytes"] == memory
     assert engine.open == 0
 
 

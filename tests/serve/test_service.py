@@ -121,6 +121,7 @@ async def test_engine_metrics_are_the_snapshot(connect: Connect) -> None:
     }.items():  # fmt: skip
         assert got[name, ""] == value, name
     assert [got["llmtool:kv_pages", f"state={s}"] for s in ("used", "cached", "free")] == [25, 10, 65]
+    assert [got["llmtool:memory_bytes", f"kind={k}"] for k in ("weights", "kv_cache")] == [5000, 100 * 1024]
 
 
 async def test_request_metrics_count_what_happened(connect: Connect) -> None:

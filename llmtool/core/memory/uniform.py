@@ -357,6 +357,13 @@ class UniformAllocator:
     def usage(self) -> tuple[int, int]:
         return self.num_pages - self.available(), len(self._cached)
 
+    def sharing(self) -> float:
+        """Part of the pages that the tables name together which sharing saves, 0 to 1 (PagedAttention,
+        figure 15)."""
+        named = sum(len(state.pages) for state in self._seqs.values())
+        unique = len({page for state in self._seqs.values() for page in state.pages})
+        return 1 - unique / named if named else 0.0
+
     def ledger(self) -> Ledger:
         group, page_bytes = self.groups[0], self.groups[0].page_bytes
         filled: dict[int, int] = {}  # live page -> slots that hold tokens
