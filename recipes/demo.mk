@@ -15,4 +15,4 @@ $(DEMO)/bench.json: $(STAMP) $(shell find llmtool kernels -name '*.py')
 	@mkdir -p $(DEMO)
 	recipes/with-server.sh $(DEMO)/server.log $(DEMO_PORT) $(BIN)/llmtool serve -- \
 		$(BIN)/llmtool bench --url http://127.0.0.1:$(DEMO_PORT) $(DEMO_FLAGS) \
-		--output $@ --html $(DEMO)/bench.html
+		--ignore-eos --output $@ --html $(DEMO)/bench.html > /dev/null
