@@ -73,7 +73,7 @@ def allocator(kind: str, arrivals: list[Arrival]) -> KVAllocator:
 
 def run(kind: str, arrivals: list[Arrival]) -> dict[str, float]:
     memory = allocator(kind, arrivals)
-    config = SchedulerConfig(256, 2048, MAX_LEN, 10**6)
+    config = SchedulerConfig(512, 2048, MAX_LEN, 10**6)
     engine = Engine(Scheduler(config, memory), CostModelExecutor(A100), VirtualClock())
     held, batch, latency = [], [], []
     steps = 0

@@ -66,13 +66,13 @@ class SchedulerOutput:
     copies: list[PageCopy] = field(default_factory=list)  # device -> device, copy-on-write
     new: list[NewRequest] = field(default_factory=list)
     scheduled: list[ScheduledRequest] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)  # decided in this step; for logs and metrics
+    preempted: list[str] = field(default_factory=list)  # lost their pages; they come back as new
     num_tokens: int = 0  # sum over scheduled
 
     @property
     def empty(self) -> bool:
-        """True when there is nothing to execute, not even a page to move or a sequence to forget."""
-        return not (self.scheduled or self.finished or self.swap_out or self.swap_in or self.copies)
+        """True when nothing was decided: nothing to run, no page to move, no sequence to forget."""
+        return not (self.scheduled or self.finished or self.preempted or self.swap_in or self.copies)
 
 
 @dataclass(slots=True)

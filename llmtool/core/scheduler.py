@@ -244,7 +244,9 @@ class Scheduler:
 
     def _start(self, request: Request, budget: int, out: SchedulerOutput) -> Extension | None:
         """Give an admitted sequence its first pages. Raises OutOfPages, and nothing is changed."""
-        headroom = len(self._roster.running)  # each running sequence will want its next page soon
+        # Running sequences will want their next pages soon. Half a page each costs under 2 % of the best throughput
+        # on chat-like and on instruction-like lengths; none at all costs 5 % in preemptions, a whole one idles pages.
+        headroom = len(self._roster.running) // 2
         known = len(request.token_ids)
         if request.status == RequestStatus.SWAPPED:
             if self.allocator.available() < self.allocator.pages_for(known) + headroom:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ from llmtool.config import SchedulerConfig
 from llmtool.core.admission import sibling_seed
 from llmtool.core.engine import Engine
 from llmtool.core.memory.uniform import UniformAllocator
-from llmtool.core.ports import VirtualClock
+from llmtool.core.ports import RealClock, VirtualClock
 from llmtool.core.request import BeamParams, FinishReason, SamplingParams, SequenceOutput
 from llmtool.core.scheduler import Scheduler
+from llmtool.core.steplog import StepLogWriter, replay
 from tests.runtime.tiny import EOS, MAX_LEN, Script, TinyModel, random_prompts
 
 
@@ -220,3 +222,23 @@ def test_aborts_at_any_moment_leave_the_others_alone(tiny: TinyModel) -> None:
         expected = tiny.greedy(prompt, 25)
         tokens = collector.tokens.get((str(i), 0), [])
         assert tokens == (expected if i in alive else expected[: len(tokens)])
+
+
+@pytest.mark.parametrize("condition", ["recompute", "swap"])
+def test_a_recorded_run_replays_bit_for_bit(tiny: TinyModel, condition: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.steplog.jsonl"
+    engine = make_engine(tiny, **CONDITIONS[condition])
+    with path.open("w") as file:
+        engine = Engine(engine.scheduler, engine.executor, RealClock(), StepLogWriter(file, engine.scheduler))
+        collector = Collector(engine)
+        for i, prompt in enumerate(conversations(14, 5)):
+            beam = BeamParams(3) if i % 5 == 4 else None
+            params = SamplingParams(temperature=0 if beam else 1, max_tokens=12, n=1 + i % 3, beam=beam)
+            engine.add(str(i), prompt, params, seed=i)
+            collector.step()
+            if i == 8:
+                engine.abort("6")
+        collector.drain()
+    result = replay(path)
+    assert result.mismatch is None
+    assert result.steps == engine.stats.steps and engine.stats.preemptions > 0
