@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +11,7 @@ from llmtool.cli import engine_flags as engine
 from llmtool.cli.command import ConfigFile, JsonFlag, PrintConfig, QuietFlag, command, optional_size
 from llmtool.cli.output import Output, size
 from llmtool.config import EngineConfig, ServerConfig, as_dict, field_names, resolve
+from llmtool.errors import UsageError
 
 if TYPE_CHECKING:
     from llmtool.models.tokenizer import Tokenizer
@@ -105,10 +107,22 @@ def print_settings(output: Output, *configs: Any) -> None:
     output.table("Settings", ("name", "value"), [(k, str(v)) for k, v in settings.items()])
 
 
+def read_chat_template(path: str | None) -> str | None:
+    """The Jinja source in the file `path`. Raises UsageError."""
+    if path is None:
+        return None
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UsageError(f"Cannot read the chat template {path}: {reason}.") from None
+
+
 def run(engine_config: EngineConfig, server_config: ServerConfig, output: Output) -> None:
     # The engine's process starts first and loads while this one imports its HTTP stack.
     from llmtool.serve.server import run_server
 
+    chat_template = read_chat_template(server_config.chat_template)
     started: list[AsyncEngine] = []
 
     async def start() -> tuple[AsyncEngine, Tokenizer]:
@@ -118,7 +132,7 @@ def run(engine_config: EngineConfig, server_config: ServerConfig, output: Output
         with output.progress() as progress:
             running = await AsyncEngine.start(engine_config, progress=progress)
         started.append(running)
-        return running, Tokenizer.from_dir(running.info.tokenizer_dir, server_config.chat_template)
+        return running, Tokenizer.from_dir(running.info.tokenizer_dir, chat_template)
 
     def listening(host: str, port: int) -> None:
         url = f"http://{host}:{port}"

@@ -88,10 +88,11 @@ async def serve(
 ) -> None:
     """Serve a started engine on a bound socket until a signal, or `stop`, then drain. Raises EngineDead."""
     stop = asyncio.Event() if stop is None else stop
+    hurry = asyncio.Event()
     app = create_app(engine, tokenizer, config, send_timeout=send_timeout)
     server = _Server(_uvicorn_config(app))
     if handle_signals:
-        _stop_on_signals(stop, server)
+        _stop_on_signals(stop, hurry)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(engine.wait_dead())
@@ -101,7 +102,7 @@ async def serve(
             on_listening(config.host, listener.getsockname()[1])
         await asyncio.wait((serving, stopped, died), return_when=asyncio.FIRST_COMPLETED)
         if stop.is_set() and not died.done():
-            await _drain(app, engine, config.drain_seconds)
+            await _drain(app, engine, config.drain_seconds, hurry)
         elif died.done():
             log.critical("the engine is dead: %s", died.result())
             await _settle(server, DEATH_GRACE)
@@ -153,12 +154,12 @@ def _uvicorn_config(app: FastAPI) -> uvicorn.Config:
     )
 
 
-def _stop_on_signals(stop: asyncio.Event, server: uvicorn.Server) -> None:
-    """The first SIGTERM or SIGINT drains; a second one ends at once."""
+def _stop_on_signals(stop: asyncio.Event, hurry: asyncio.Event) -> None:
+    """The first SIGTERM or SIGINT drains; a second one cuts the drain short."""
 
     def on_signal() -> None:
         if stop.is_set():
-            server.force_exit = True
+            hurry.set()
         stop.set()
 
     loop = asyncio.get_running_loop()
@@ -173,12 +174,24 @@ async def _until_started(server: uvicorn.Server, serving: asyncio.Task[None]) ->
         serving.result()
 
 
-async def _drain(app: FastAPI, engine: Engine, seconds: float) -> None:
-    """Refuse what is new, let finish what runs. Connections stay open so that /ready can say 503 meanwhile."""
+async def _drain(app: FastAPI, engine: Engine, seconds: float, hurry: asyncio.Event) -> None:
+    """Refuse what is new, let finish what runs, unless there is a `hurry`. Connections stay open so that /ready
+    can say 503 meanwhile.
+    """
     app.state.context.draining = True
     log.info("draining: up to %g seconds for running requests", seconds)
-    if not await engine.drain(seconds):
-        log.warning("requests were still running after %g seconds and were aborted", seconds)
+    drained = asyncio.create_task(engine.drain(seconds))
+    hurried = asyncio.create_task(hurry.wait())
+    await asyncio.wait((drained, hurried), return_when=asyncio.FIRST_COMPLETED)
+    hurried.cancel()
+    if drained.done():
+        if not drained.result():
+            log.warning("requests were still running after %g seconds and were aborted", seconds)
+        return
+    drained.cancel()
+    await asyncio.gather(drained, return_exceptions=True)
+    if not await engine.drain(0.0):
+        log.warning("requests were still running and were aborted: told to stop a second time")
 
 
 async def _settle(server: uvicorn.Server, seconds: float) -> None:

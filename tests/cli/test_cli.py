@@ -47,6 +47,7 @@ def test_settings_file_environment_flags(tmp_path: Path) -> None:
         (["serve", "--block-size", "12"], {}, "power of two"),
         (["serve", "--kv-cache-memory", "lots"], {}, "is not a size"),
         (["serve", "--dtype", "int3"], {}, "float32"),
+        (["serve", "--chat-template", "/nowhere.jinja"], {}, "Cannot read the chat template /nowhere.jinja"),
         (["serve", "--port", "70000"], {}, "65535"),
         (["serve", "--max-num-seqs", "600"], {}, "max_num_batched_tokens"),
         (["bench", "--dataset-name", "nothing"], {}, "Unknown dataset"),

@@ -22,9 +22,9 @@ from tests.serve.fake import FakeEngine, tiny_tokenizer
 logging.basicConfig(level=logging.INFO)
 
 async def start():
-    text = tiny_tokenizer().encode("one two three four five six")
+    text = tiny_tokenizer().encode("one two three four five six") * int(sys.argv[2] if len(sys.argv) > 2 else 1)
     engine = FakeEngine(lambda prompt, params, index: [*text, 2], delay=0.05)
-    if len(sys.argv) > 1:
+    if float(sys.argv[1] if len(sys.argv) > 1 else 0):
         import asyncio
         asyncio.get_running_loop().call_later(float(sys.argv[1]), engine.die)
     return engine, tiny_tokenizer()
@@ -71,6 +71,23 @@ def test_a_signal_drains_and_exits_with_0(number: signal.Signals) -> None:
     assert process.returncode == 0, err
     assert out == "clean end, heavy imports: []\n"  # a grammar was checked, too
     assert "Traceback" not in err and "draining" in err
+
+
+def test_a_second_signal_cuts_the_drain_short() -> None:
+    with server("0", "1000") as (process, url):
+        body = json.dumps({"prompt": "a", "stream": True, "ignore_eos": True, "max_tokens": 500}).encode()
+        request = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=20) as response:
+            response.readline()
+            process.send_signal(signal.SIGINT)
+            assert process.stderr is not None and any("draining" in line for line in process.stderr)
+            process.send_signal(signal.SIGINT)
+            # 500 tokens take 25 seconds, and the drain would wait for 30.
+            assert process.wait(timeout=15) == 0
+            rest = response.read()
+    assert b"The server stopped before this answer was complete." in rest and rest.endswith(
+        b"data: [DONE]\n\n"
+    )
 
 
 def test_the_engines_death_ends_the_process_loudly() -> None:
