@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmtool.errors import ModelError
-from llmtool.modelspec import ModelSpec, RopeSpec
+from llmtool.modelspec import AttentionSpec, DenseSpec, ModelSpec, RopeSpec
 
 LLAMA_31_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -123,20 +123,23 @@ def test_llama_fields() -> None:
     spec = ModelSpec.from_config(LLAMA_31_8B)
     assert spec.family == "llama"
     assert spec.head_dim == 128
-    assert spec.rope == RopeSpec(500000.0, "llama3", 8.0, 1.0, 4.0, 8192)
+    assert spec.ropes == (RopeSpec(128, 500000.0, "llama3", 8.0, 8192),)
     assert spec.eos_ids == (128001, 128008, 128009)
     assert (spec.bos_id, spec.pad_id) == (128000, None)
     assert spec.dtype == "bfloat16"
     assert spec.max_positions == 131072
-    assert not (spec.qkv_bias or spec.o_bias or spec.mlp_bias or spec.qk_norm or spec.tied_embeddings)
+    assert spec.attention == AttentionSpec(32, 8, 128, 128**-0.5)
+    assert {layer.mlp for layer in spec.layers} == {DenseSpec(14336)}
+    assert not spec.tied_embeddings
 
 
 def test_family_traits() -> None:
     qwen2, qwen3 = ModelSpec.from_config(QWEN25_7B), ModelSpec.from_config(QWEN3_8B)
-    assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
-    assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm) == (False, False, True)
+    traits = [(s.attention.qkv_bias, s.attention.o_bias, s.attention.qk_norm) for s in (qwen2, qwen3)]
+    assert traits == [(True, False, None), (False, False, "head")]
     biased = ModelSpec.from_config({**LLAMA_31_8B, "attention_bias": True, "mlp_bias": True})
-    assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, True)
+    assert (biased.attention.qkv_bias, biased.attention.o_bias) == (True, True)
+    assert {layer.mlp for layer in biased.layers} == {DenseSpec(14336, bias=True)}
 
 
 @pytest.mark.parametrize("config", [LLAMA_31_8B, QWEN25_7B])
@@ -150,7 +153,7 @@ def test_both_spellings_mean_the_same(config: dict[str, Any]) -> None:
 
 def test_linear_rope_with_the_oldest_spelling() -> None:
     spec = ModelSpec.from_config({**MISTRAL_7B_V01, "rope_scaling": {"type": "linear", "factor": 2}})
-    assert spec.rope == RopeSpec(10000.0, "linear", 2.0)
+    assert spec.ropes == (RopeSpec(128, 10000.0, "linear", 2.0),)
 
 
 def test_windows() -> None:
@@ -182,10 +185,10 @@ def test_end_tokens_of_both_files_in_order(tmp_path: Path) -> None:
         ({"vocab_size": -5}, "vocab_size must be a positive integer, and is -5"),
         ({"num_key_value_heads": 5}, r"\(32\) is not a multiple of num_key_value_heads \(5\)"),
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps must be a number, and is 'tiny'"),
-        ({"hidden_act": "gelu"}, "activation 'gelu' does not run"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn' does not run"),
+        ({"hidden_act": "relu2"}, "activation 'relu2' does not run"),
+        ({"rope_scaling": {"rope_type": "axial", "factor": 4.0}}, "rope type 'axial' does not run"),
         ({"rope_scaling": {"rope_type": "linear"}}, "factor must be a number, and is missing"),
-        ({"partial_rotary_factor": 0.5}, r"part of a head \(0\.5 of it\)"),
+        ({"partial_rotary_factor": 0.12}, r"partial_rotary_factor is 0\.12, which turns 15 of 128"),
     ],
 )
 def test_refusals_name_what_is_wrong(change: dict[str, Any], message: str) -> None:
@@ -203,7 +206,7 @@ def test_layer_types_must_fit() -> None:
 def test_an_unknown_architecture_lists_what_runs() -> None:
     with pytest.raises(ModelError) as error:
         ModelSpec.from_config({"architectures": ["MambaForCausalLM"]})
-    assert "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM" in error.value.remedy
+    assert "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM" in error.value.remedy
 
 
 def test_unreadable_directories(tmp_path: Path) -> None:

@@ -17,12 +17,16 @@ from torch import Tensor
 
 from llmtool_kernels.attention_plan import AttentionWork, plan_step
 
+MAX_SCORES = 2**22  # attention scores held at a time, where they are held at all
 UNIT = 512  # bytes; the same number as llmtool.core.memory.geometry.UNIT, which kernels must not import
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """Where one layer's KV lies inside a page. layer_offset: bytes from the start of the page."""
+    """Where one layer's KV lies inside a page. layer_offset: bytes from the start of the page.
+
+    v_head_dim 0: nothing is stored for V, whose rows are the leading dimensions of K's (latent attention).
+    """
 
     layer_offset: int
     tokens_per_page: int
@@ -107,35 +111,47 @@ class AttentionBatch:
 def paged_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor,
+    v: Tensor | None,
     arena: Tensor,
     layout: KVLayout,
     batch: AttentionBatch,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    value_dim: int | None = None,
 ) -> Tensor:
     """Causal attention of a step's new tokens over their sequences' paged KV, the new KV included.
 
     q: [N, Hq, Dk], k: [N, Hkv, Dk], v: [N, Hkv, Dv] of one dtype, the cache's; Hq is a multiple of Hkv.
-    window: a token sees itself and the window - 1 tokens before it; None sees all. Returns [N, Hq, Dv].
+    window: a token sees itself and the window - 1 tokens before it; None sees all. softcap: scores become
+    softcap * tanh(scores / softcap). sinks [Hq]: a score per head that takes its share of the softmax and adds
+    nothing. v None: the values are the first value_dim dimensions of the cached keys. Returns [N, Hq, Dv].
     All new KV is written before any is read: a sequence may read pages that another fills in this step.
     """
     write_kv(k, v, arena, layout, batch)
-    num_tokens, num_heads, _ = q.shape
-    out = q.new_empty(num_tokens, num_heads, layout.v_head_dim)
+    value_dim = value_dim or layout.v_head_dim
     k_pages, v_pages = page_rows(arena, layout, k.dtype)
+    out = q.new_empty(q.shape[0], q.shape[1], value_dim)
     for work in batch.work(window, layout.tokens_per_page, q.dtype):
         keys = _gather(k_pages, work, layout.num_kv_heads, batch, slot=0)  # [s, L, Hkv, Dk]
-        values = _gather(v_pages, work, layout.num_kv_heads, batch, slot=1)  # [s, L, Hkv, Dv]
-        out[work.rows] = _attend(q[work.rows], keys, values, work, scale)
+        if v is None:
+            values = keys[..., :value_dim]
+        else:
+            values = _gather(v_pages, work, layout.num_kv_heads, batch, slot=1)  # [s, L, Hkv, Dv]
+        if softcap is None and sinks is None:
+            out[work.rows] = _attend(q[work.rows], keys, values, work, scale)
+        else:
+            out[work.rows] = _attend_modified(q[work.rows], keys, values, work, scale, softcap, sinks)
     return out
 
 
-def write_kv(k: Tensor, v: Tensor, arena: Tensor, layout: KVLayout, batch: AttentionBatch) -> None:
+def write_kv(k: Tensor, v: Tensor | None, arena: Tensor, layout: KVLayout, batch: AttentionBatch) -> None:
     """Store the new tokens' k [N, Hkv, Dk] and v [N, Hkv, Dv] at their pages and slots."""
     for new, pages in zip((k, v), page_rows(arena, layout, k.dtype), strict=True):
-        slots = pages.unflatten(1, (layout.tokens_per_page, -1))  # [U, slot, Hkv * D]
-        slots[batch.token_units, batch.token_slots] = new.flatten(1)
+        if new is not None:
+            slots = pages.unflatten(1, (layout.tokens_per_page, -1))  # [U, slot, Hkv * D]
+            slots[batch.token_units, batch.token_slots] = new.flatten(1)
 
 
 def page_rows(arena: Tensor, layout: KVLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -212,3 +228,53 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, work: AttentionWork, scale:
         scale=scale,
     )
     return out.permute(2, 1, 0, 3).flatten(1, 2)
+
+
+def _attend_modified(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    work: AttentionWork,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same with what scaled_dot_product_attention lacks, soft-capped scores and sinks.
+
+    The scores are then in memory, in float32, and so for at most MAX_SCORES of them at a time.
+    """
+    num_kv_heads = keys.shape[2]
+    keys = keys.permute(0, 2, 3, 1).float()  # [s, Hkv, Dk, L]
+    values = values.transpose(1, 2).float()  # [s, Hkv, L, Dv]
+    at_once = max(1, MAX_SCORES // (q.shape[1] * work.length)) if work.chunk else len(q)
+    out = []
+    for start in range(0, len(q), at_once):
+        rows = q[start : start + at_once].unflatten(1, (num_kv_heads, -1)).float()  # [R, Hkv, G, Dk]
+        # A query per sequence: its group's heads are the rows; a chunk: all its queries' too.
+        rows = rows[:, :, :, None] if not work.chunk else rows.permute(1, 2, 0, 3)[None]  # [s, Hkv, G, R, Dk]
+        group, count = rows.shape[2:4]
+        scores = (rows.flatten(2, 3) @ keys * scale).unflatten(2, (group, count))  # [s, Hkv, G, R, L]
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        mask = _mask_of_rows(work, start, count, q.device)
+        if mask is not None:
+            scores = scores + mask
+        if sinks is not None:
+            sink = sinks.float().view(1, num_kv_heads, group, 1, 1).expand(len(scores), -1, -1, count, -1)
+            weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+        else:
+            weights = scores.softmax(-1)
+        part = (weights.flatten(2, 3) @ values).unflatten(2, (group, count))  # [s, Hkv, G, R, Dv]
+        out.append(part[:, :, :, 0] if not work.chunk else part[0].permute(2, 0, 1, 3))
+    return torch.cat(out).flatten(1, 2).to(q.dtype)
+
+
+def _mask_of_rows(work: AttentionWork, start: int, count: int, device: torch.device) -> Tensor | None:
+    """The additive mask of some of a chunk's rows [R, L], or of single queries [s, 1, 1, 1, L]."""
+    if not work.chunk:
+        return None if work.mask is None else work.mask[:, :, None]
+    if work.mask is not None:
+        return work.mask[start : start + count]
+    assert work.causal
+    hidden = torch.ones(count, work.length, dtype=torch.bool, device=device).triu_(start + 1)
+    return torch.zeros(count, work.length, device=device).masked_fill_(hidden, float("-inf"))

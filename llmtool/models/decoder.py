@@ -1,21 +1,26 @@
-"""The decoder of the Llama family: Llama, SmolLM, Mistral, Qwen2 (biased qkv), Qwen3 (normed q and k).
+"""Decoders: what one must offer to be served, and the one that runs every native family.
 
-Inference only. Weights lie in small dataclasses and are used with `F.linear`; q, k and v are one matrix, gate
-and up another. The tokens of all sequences of a step come as one flat list of N, whichever they belong to.
+Inference only. The tokens of all sequences of a step come as one flat list of N, whichever they belong to. What
+a layer does (which norms, which rotary embedding, which window, which MLP) is in its ModelSpec.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from llmtool_kernels.attention import AttentionBatch, KVLayout, paged_attention
+from llmtool_kernels.attention import AttentionBatch, KVLayout
 from torch import Tensor
 
+from llmtool.models.attention import LayerKV, attend, attend_latent
+from llmtool.models.mlp import dense, mixture
+from llmtool.models.ops import Rotation, linear, rms_norm
 from llmtool.models.rope import RotaryEmbedding
-from llmtool.modelspec import ModelSpec
+from llmtool.models.weights import AttentionWeights, DecoderWeights, DenseWeights, LayerWeights
+from llmtool.modelspec import DenseSpec, LayerSpec, ModelSpec, MoESpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,39 +31,39 @@ class KVContext:
     layers: Mapping[int, tuple[KVLayout, AttentionBatch]]
 
 
-@dataclass(slots=True)
-class LayerWeights:
-    """One layer, [out, in] as `F.linear` wants it. Rows of qkv: q, k, v heads; of gate_up: gate, up."""
-
-    attention_norm: Tensor  # [hidden]
-    qkv: Tensor  # [(Hq + 2 Hkv) * D, hidden]
-    o: Tensor  # [hidden, Hq * D]
-    mlp_norm: Tensor  # [hidden]
-    gate_up: Tensor  # [2 * intermediate, hidden]
-    down: Tensor  # [hidden, intermediate]
-    qkv_bias: Tensor | None = None
-    o_bias: Tensor | None = None
-    gate_up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    q_norm: Tensor | None = None  # [D]
-    k_norm: Tensor | None = None  # [D]
-
-
-@dataclass(slots=True)
-class DecoderWeights:
-    embedding: Tensor  # [vocab, hidden]
-    layers: list[LayerWeights]
-    norm: Tensor  # [hidden]
-    lm_head: Tensor  # [vocab, hidden]; the embedding itself when tied
-
-
-class Decoder:
+class Decoder(Protocol):
     """A model that runs: `forward` for hidden states, `logits` for the rows one wants to sample."""
 
-    def __init__(self, spec: ModelSpec, weights: DecoderWeights) -> None:
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
+        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N]; writes their KV to kv.arena."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [S, vocab] of hidden states [S, hidden]."""
+        ...
+
+
+class NativeDecoder:
+    """Every family of llmtool.modelspec.families."""
+
+    def __init__(self, spec: ModelSpec, weights: DecoderWeights, max_length: int | None = None) -> None:
+        """max_length: tokens of the longest sequence to come, which decides between longrope's two embeddings."""
         self.spec = spec
         self.weights = weights
-        self.rope = RotaryEmbedding(spec.rope, spec.head_dim, weights.embedding.device)
+        ropes = spec.ropes
+        self._ropes = [RotaryEmbedding(rope, self.device, max_length or spec.max_positions) for rope in ropes]
+        self._rope_of = [None if layer.rope is None else ropes.index(layer.rope) for layer in spec.layers]
+        # Gemma rounds it to the weights' type before it multiplies.
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self.dtype).item()
 
     @property
     def device(self) -> torch.device:
@@ -69,46 +74,48 @@ class Decoder:
         return self.weights.embedding.dtype
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
-        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N]; writes their KV to kv.arena."""
-        spec = self.spec
-        cos, sin = self.rope(positions)  # each float32 [N, 1, D/2]
+        rotations = [rope(positions) for rope in self._ropes]
         hidden = F.embedding(input_ids, self.weights.embedding)  # [N, hidden]
-        for i, layer in enumerate(self.weights.layers):
-            normed = rms_norm(hidden, layer.attention_norm, spec.norm_eps)
-            hidden = hidden + self._attention(i, layer, normed, cos, sin, kv)
-            hidden = hidden + swiglu(rms_norm(hidden, layer.mlp_norm, spec.norm_eps), layer)
-        return rms_norm(hidden, self.weights.norm, spec.norm_eps)
+        if self._embedding_scale != 1.0:
+            hidden = hidden * self._embedding_scale
+        for i, (layer, w) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
+            rope = self._rope_of[i]
+            x = self._norm(hidden, w.attention_norm)
+            x = self._attention(
+                x, layer, w, None if rope is None else rotations[rope], (kv.arena, *kv.layers[i])
+            )
+            hidden = self._add(hidden, x, w.attention_out_norm)
+            x = self._mlp(self._norm(hidden, w.mlp_norm), layer, w)
+            hidden = self._add(hidden, x, w.mlp_out_norm)
+        return self._norm(hidden, self.weights.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [S, vocab] of hidden states [S, hidden]."""
-        return F.linear(hidden, self.weights.lm_head).float()
+        logits = linear(hidden, self.weights.lm_head).float()
+        if self.spec.logits_divisor != 1.0:
+            logits /= self.spec.logits_divisor
+        cap = self.spec.logits_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def _attention(
-        self, i: int, layer: LayerWeights, x: Tensor, cos: Tensor, sin: Tensor, kv: KVContext
+        self, x: Tensor, layer: LayerSpec, w: LayerWeights, rotation: Rotation | None, kv: LayerKV
     ) -> Tensor:
-        spec = self.spec
-        heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
-        qkv = F.linear(x, layer.qkv, layer.qkv_bias).unflatten(-1, (-1, dim))  # [N, Hq + 2 Hkv, D]
-        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = rms_norm(q, layer.q_norm, spec.norm_eps), rms_norm(k, layer.k_norm, spec.norm_eps)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        layout, batch = kv.layers[i]
-        out = paged_attention(q, k, v, kv.arena, layout, batch, dim**-0.5, spec.windows[i])  # [N, Hq, D]
-        return F.linear(out.flatten(1), layer.o, layer.o_bias)
+        spec, norms = self.spec.attention, self.spec.norms
+        if isinstance(w.attention, AttentionWeights):
+            return attend(x, w.attention, spec, norms, layer, rotation, kv)
+        assert spec.latent is not None
+        return attend_latent(x, w.attention, spec, spec.latent, norms, rotation, kv)
 
+    def _mlp(self, x: Tensor, layer: LayerSpec, w: LayerWeights) -> Tensor:
+        if isinstance(w.mlp, DenseWeights):
+            assert isinstance(layer.mlp, DenseSpec)
+            return dense(x, w.mlp, layer.mlp.gate)
+        assert isinstance(layer.mlp, MoESpec)
+        return mixture(x, w.mlp, layer.mlp)
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension; the mean of squares in float32."""
-    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else rms_norm(x, weight, self.spec.norms.eps)
 
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [N, H, D] turned in float32 by cos, sin [N, 1, D/2]; dimensions i and i + D/2 are a pair."""
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-def swiglu(x: Tensor, layer: LayerWeights) -> Tensor:
-    gate, up = F.linear(x, layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-    return F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+    def _add(self, hidden: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
+        """The residual stream after a block that returned x."""
+        x = self._norm(x, norm)
+        return hidden + (x if self.spec.residual_scale == 1.0 else x * self.spec.residual_scale)

@@ -100,6 +100,10 @@ class GGUFFile:
         embedding = self._tensor("token_embd.weight")
         head_dim = self.get("attention.key_length", hidden // heads)
         rotary = self.get("rope.dimension_count", head_dim)
+        if rotary != head_dim:
+            raise ModelError(
+                f"{self.path.name} turns {rotary} of a head's {head_dim} dimensions, which does not run here."
+            )
         return {
             "architectures": [ARCHITECTURES[self.architecture]],
             "model_type": self.architecture,
@@ -117,7 +121,6 @@ class GGUFFile:
             "tie_word_embeddings": "output.weight" not in self.tensors,
             "attention_bias": self.architecture != "qwen2" and "blk.0.attn_q.bias" in self.tensors,
             "rope_parameters": self._rope(head_dim),
-            "partial_rotary_factor": None if rotary == head_dim else rotary / head_dim,
             "dtype": "bfloat16",
             "bos_token_id": self.metadata.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.metadata.get("tokenizer.ggml.eos_token_id"),
@@ -173,14 +176,18 @@ class GGUFFile:
             return {"rope_theta": theta, **self._llama3(theta, head_dim)}
         if kind == "none":
             return {"rope_theta": theta, "rope_type": "default"}
+        if kind != "linear":
+            raise ModelError(
+                f"{self.path.name} scales its rotary embeddings by {kind}, which does not run here."
+            )
         return {"rope_theta": theta, "rope_type": kind, "factor": float(self.get("rope.scaling.factor"))}
 
     def _llama3(self, theta: float, head_dim: int) -> dict[str, Any]:
         """The file stores divisors, not the rule behind them: find the rule, and see that it gives them."""
         divisors = _dequantized(self.tensors[_ROPE_FACTORS]).flatten()
-        rule = RopeSpec(theta, "llama3", round(float(divisors.max()), 4))  # stored as float32
-        plain = inverse_frequencies(RopeSpec(theta), head_dim)
-        expected = plain / inverse_frequencies(rule, head_dim)
+        rule = RopeSpec(head_dim, theta, "llama3", round(float(divisors.max()), 4))  # stored as float32
+        plain = inverse_frequencies(RopeSpec(head_dim, theta))
+        expected = plain / inverse_frequencies(rule)
         if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4):
             raise ModelError(
                 f"{self.path.name} scales its rotary embeddings in a way that does not run here."

@@ -150,8 +150,8 @@ def test_a_converted_model_is_the_model(tiny: Tiny, tmp_path: Path, family: str,
     (same,) = PagedSequences(load(original, torch.bfloat16)).step({"a": ids})
     assert torch.equal(ours, same)
     spec, expected = ModelSpec.from_dir(directory), ModelSpec.from_dir(original)
-    assert (spec.rope, spec.norm_eps, spec.max_positions) == (
-        expected.rope,
+    assert (spec.ropes, spec.norm_eps, spec.max_positions) == (
+        expected.ropes,
         expected.norm_eps,
         expected.max_positions,
     )
@@ -191,7 +191,9 @@ def test_llama3_scaling_is_found_again_from_its_divisors(tmp_path: Path) -> None
     )
     model = transformers.LlamaForCausalLM(config)
     spec = ModelSpec.from_dir(resolve(str(write(tmp_path / "a.gguf", model, "llama"))))
-    assert spec.rope == ModelSpec.from_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}).rope
+    assert (
+        spec.ropes == ModelSpec.from_config(config.to_dict() | {"architectures": ["LlamaForCausalLM"]}).ropes
+    )
     odd = transformers.LlamaConfig.from_dict(
         config.to_dict() | {"rope_parameters": rope | {"low_freq_factor": 2.0}}
     )
@@ -261,9 +263,9 @@ def test_pre_tokenizers_split_as_their_models_do(
             "llama",
             {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
             "smollm",
-            "rope type 'yarn'",
+            "rotary embeddings by yarn",
         ),
-        ("llama", {"llama.rope.dimension_count": 4}, "smollm", "part of a head"),
+        ("llama", {"llama.rope.dimension_count": 4}, "smollm", "turns 4 of a head's 8"),
         ("llama", {}, "klingon", "pre-tokenizer 'klingon'"),
     ],
 )
@@ -311,7 +313,7 @@ def test_smollm2_as_converted(smollm2: Path) -> None:
     spec = ModelSpec.from_dir(smollm2)
     assert spec.num_parameters == 134_515_008
     assert spec.eos_ids == (2,)
-    assert (spec.norm_eps, spec.rope.theta, spec.tied_embeddings) == (1e-5, 100000.0, True)
+    assert (spec.norm_eps, spec.ropes[0].theta, spec.tied_embeddings) == (1e-5, 100000.0, True)
     assert json.loads((smollm2 / "generation_config.json").read_text()) == {
         "bos_token_id": 1,
         "eos_token_id": 2,

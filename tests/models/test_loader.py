@@ -13,7 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from llmtool.errors import ModelError
-from llmtool.models.loader import load, targets
+from llmtool.models.checkpoint import slots
+from llmtool.models.decoder import NativeDecoder
+from llmtool.models.loader import load
 from tests.models.paged import PagedSequences
 
 Tiny = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
@@ -72,6 +74,7 @@ def test_every_problem_is_named_at_once(directory: Path) -> None:
 def test_a_tied_head_that_was_saved_all_the_same_is_no_error(directory: Path) -> None:
     edit(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     model = load(directory, torch.float32)
+    assert isinstance(model, NativeDecoder)
     assert model.weights.lm_head is model.weights.embedding
 
 
@@ -104,14 +107,15 @@ def test_dummy_weights_need_only_a_config_and_follow_the_seed(
     assert len(set(first.argmax(-1).tolist())) > 2
 
 
-def test_targets_are_transformers_names_and_cover_all_memory(tiny: Tiny) -> None:
+def test_slots_are_transformers_names_and_cover_all_memory(tiny: Tiny) -> None:
     for family in ("llama", "llama-biased", "qwen2", "qwen3"):
         reference, directory = tiny(family)
         model = load(directory, torch.float32)
-        table = targets(model.spec, model.weights)
+        assert isinstance(model, NativeDecoder)
+        table = slots(model.spec, model.weights)
         assert set(table) == {name for name, _ in reference.named_parameters()}
         for name, parameter in reference.named_parameters():
-            assert torch.equal(table[name], parameter), name
+            assert torch.equal(table[name].target, parameter), name
 
 
 def test_the_index_may_be_nonsense(directory: Path) -> None:

@@ -1,0 +1,86 @@
+"""A layer's attention over paged KV: grouped heads, or DeepSeek's latent attention."""
+
+from __future__ import annotations
+
+import torch
+from llmtool_kernels.attention import AttentionBatch, KVLayout, paged_attention
+from torch import Tensor
+
+from llmtool.models.ops import Rotation, linear, rms_norm, rotate
+from llmtool.models.weights import AttentionWeights, LatentAttentionWeights
+from llmtool.modelspec import AttentionSpec, LatentSpec, LayerSpec, NormSpec
+
+LayerKV = tuple[Tensor, KVLayout, AttentionBatch]  # the arena, where this layer lies in its pages, the step
+
+
+def attend(
+    x: Tensor,
+    w: AttentionWeights,
+    spec: AttentionSpec,
+    norms: NormSpec,
+    layer: LayerSpec,
+    rotation: Rotation | None,
+    kv: LayerKV,
+) -> Tensor:
+    """Attention's output [N, hidden] for x [N, hidden]; writes the step's KV."""
+    heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    qkv = linear(x, w.qkv, w.qkv_bias)
+    q, k, v = qkv.split((heads * dim, kv_heads * dim, kv_heads * dim), dim=-1)
+    if spec.qk_norm == "all":
+        q, k = _normed(q, k, w, norms.eps)
+    q, k, v = (t.unflatten(-1, (-1, dim)) for t in (q, k, v))  # [N, heads, D]
+    if spec.qk_norm == "head":
+        q, k = _normed(q, k, w, norms.eps)
+    if rotation is not None:
+        q, k = rotate(q, rotation), rotate(k, rotation)
+    out = paged_attention(
+        q, k, v, *kv, scale=spec.scale, window=layer.window, softcap=spec.softcap, sinks=w.sinks
+    )  # [N, Hq, D]
+    return linear(out.flatten(1), w.o, w.o_bias)
+
+
+def attend_latent(
+    x: Tensor,
+    w: LatentAttentionWeights,
+    spec: AttentionSpec,
+    latent: LatentSpec,
+    norms: NormSpec,
+    rotation: Rotation | None,
+    kv: LayerKV,
+) -> Tensor:
+    """The same for latent attention, in its absorbed form (DeepSeek-V2, section 2.1.2).
+
+    A token's cached row is [latent, rotary key]. Queries are taken into the latent's space, where the row is the
+    key of all heads and its latent their value, and values are taken out of it after the sum.
+    """
+    if w.q_down is not None and w.q_norm is not None:
+        x_q = rms_norm(linear(x, w.q_down, w.q_down_bias), w.q_norm, norms.eps)
+    else:
+        x_q = x
+    q = linear(x_q, w.q).unflatten(-1, (spec.num_heads, -1))  # [N, Hq, nope + rope]
+    q_nope, q_rope = q.split((latent.nope_dim, latent.rope_dim), dim=-1)
+    row, k_rope = linear(x, w.kv_down, w.kv_down_bias)[:, None].split(
+        (latent.kv_rank, latent.rope_dim), dim=-1
+    )
+    row = rms_norm(row, w.kv_norm, norms.eps)  # [N, 1, kv_rank]
+    if rotation is not None:
+        q_rope, k_rope = rotate(q_rope, rotation), rotate(k_rope, rotation)
+    key_up, value_up = w.kv_up.split(
+        (latent.nope_dim, latent.v_dim), dim=1
+    )  # [Hq, nope, rank], [Hq, v, rank]
+    q_latent = torch.bmm(q_nope.transpose(0, 1), key_up).transpose(0, 1)  # [N, Hq, rank]
+    out = paged_attention(
+        torch.cat((q_latent, q_rope), dim=-1),
+        torch.cat((row, k_rope), dim=-1),
+        None,
+        *kv,
+        scale=spec.scale,
+        value_dim=latent.kv_rank,
+    )  # [N, Hq, rank]
+    values = torch.bmm(out.transpose(0, 1), value_up.transpose(1, 2)).transpose(0, 1)  # [N, Hq, v]
+    return linear(values.flatten(1), w.o, w.o_bias)
+
+
+def _normed(q: Tensor, k: Tensor, w: AttentionWeights, eps: float) -> tuple[Tensor, Tensor]:
+    assert w.q_norm is not None and w.k_norm is not None
+    return rms_norm(q, w.q_norm, eps), rms_norm(k, w.k_norm, eps)

@@ -1,0 +1,44 @@
+"""The operations a decoder is made of, one function each, in plain torch: what faster kernels stand in for."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llmtool.modelspec import GateSpec
+
+Rotation = tuple[Tensor, Tensor]  # cos, sin: each float32 [N, 1, rotated dims / 2]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [N, in] by weight [out, in] -> [N, out]."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, in x's type; the mean of squares in float32.
+
+    A weight in float32 beside narrower x (Gemma's 1 + w) is applied before the result is narrowed.
+    """
+    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(x.dtype)
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """The leading dimensions of heads x [N, H, D] turned in float32; i and i + half of them are a pair."""
+    cos, sin = rotation
+    dim = 2 * cos.shape[-1]
+    a, b = x[..., :dim].float().chunk(2, dim=-1)
+    turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return turned if dim == x.shape[-1] else torch.cat((turned, x[..., dim:]), dim=-1)
+
+
+def gated(gate_up: Tensor, spec: GateSpec) -> Tensor:
+    """gate_up [N, 2 * inner], gates then ups -> [N, inner]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if spec.kind == "clamped":
+        gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)
+        return gate * torch.sigmoid(spec.alpha * gate) * (up + 1)
+    if spec.kind == "silu":
+        return F.silu(gate) * up
+    return F.gelu(gate, approximate="tanh" if spec.kind == "gelu_tanh" else "none") * up

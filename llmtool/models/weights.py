@@ -1,0 +1,215 @@
+"""A decoder's weights in memory: matrices [out, in], fused where one input feeds several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from llmtool.modelspec import AttentionSpec, DenseSpec, LatentSpec, LayerSpec, ModelSpec, MoESpec
+
+
+@dataclass(slots=True)
+class AttentionWeights:
+    """Rows of qkv: q, k, v heads."""
+
+    qkv: Tensor  # [(Hq + 2 Hkv) * D, hidden]
+    o: Tensor  # [hidden, Hq * D]
+    qkv_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+    q_norm: Tensor | None = None  # [D], or [Hq * D] of a norm over all heads
+    k_norm: Tensor | None = None  # [D], or [Hkv * D]
+    sinks: Tensor | None = None  # [Hq]
+
+
+@dataclass(slots=True)
+class LatentAttentionWeights:
+    """DeepSeek's names in brackets. Rotary rows of q and kv_down: pairs half the rotary dimensions apart."""
+
+    q: Tensor  # [Hq * (nope + rope), q_rank or hidden]  (q_b_proj or q_proj)
+    kv_down: Tensor  # [kv_rank + rope, hidden]  (kv_a_proj_with_mqa)
+    kv_norm: Tensor  # [kv_rank]
+    kv_up: Tensor  # [Hq, nope + v, kv_rank]  (kv_b_proj)
+    o: Tensor  # [hidden, Hq * v]
+    q_down: Tensor | None = None  # [q_rank, hidden]  (q_a_proj)
+    q_norm: Tensor | None = None  # [q_rank]
+    q_down_bias: Tensor | None = None
+    kv_down_bias: Tensor | None = None
+    o_bias: Tensor | None = None
+
+
+@dataclass(slots=True)
+class DenseWeights:
+    """Rows of gate_up: gates, then ups."""
+
+    gate_up: Tensor  # [2 * inner, hidden]
+    down: Tensor  # [hidden, inner]
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+
+@dataclass(slots=True)
+class ExpertWeights:
+    """router and correction are float32: a rounded score may choose another expert."""
+
+    router: Tensor  # [E, hidden]
+    gate_up: Tensor  # [E, 2 * inner, hidden]
+    down: Tensor  # [E, hidden, inner]
+    router_bias: Tensor | None = None  # [E]
+    correction: Tensor | None = None  # [E]
+    gate_up_bias: Tensor | None = None  # [E, 2 * inner]
+    down_bias: Tensor | None = None  # [E, hidden]
+    shared: DenseWeights | None = None
+    shared_gate: Tensor | None = None  # [1, hidden]
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """Norms [hidden]: of what attention and MLP read, and of what they return; None where a family has none."""
+
+    attention: AttentionWeights | LatentAttentionWeights
+    mlp: DenseWeights | ExpertWeights
+    attention_norm: Tensor | None = None
+    attention_out_norm: Tensor | None = None
+    mlp_norm: Tensor | None = None
+    mlp_out_norm: Tensor | None = None
+
+
+@dataclass(slots=True)
+class DecoderWeights:
+    embedding: Tensor  # [vocab, hidden]
+    layers: list[LayerWeights]
+    norm: Tensor  # [hidden]
+    lm_head: Tensor  # [vocab, hidden]; the embedding itself when tied
+
+
+def named_tensors(weights: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(path, tensor) of all tensors under a weights dataclass; a tied lm_head comes a second time."""
+    for field in fields(weights):  # type: ignore[arg-type]
+        value = getattr(weights, field.name)
+        if isinstance(value, Tensor):
+            yield prefix + field.name, value
+        elif isinstance(value, list):
+            for i, item in enumerate(value):
+                yield from named_tensors(item, f"{prefix}{field.name}.{i}.")
+        elif value is not None:
+            yield from named_tensors(value, f"{prefix}{field.name}.")
+
+
+def allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """Uninitialised weights of the right shapes."""
+    new = _Allocator(dtype, device)
+    layers = [_layer(new, spec, layer) for layer in spec.layers]
+    embedding = new(spec.vocab_size, spec.hidden_size)
+    lm_head = embedding if spec.tied_embeddings else new(spec.vocab_size, spec.hidden_size)
+    return DecoderWeights(embedding, layers, new.norm(spec.hidden_size, spec), lm_head)
+
+
+@torch.no_grad()
+def fill_random(weights: DecoderWeights, seed: int) -> None:
+    """Random weights of a trained model's scale, the same for a seed on every run of one device."""
+    generator = torch.Generator(weights.embedding.device).manual_seed(seed)
+    for name, tensor in named_tensors(weights):
+        kind = name.rpartition(".")[2]
+        if kind.endswith("norm"):
+            tensor.fill_(1.0)
+        elif tensor.dim() == 1 or kind.endswith("bias") or kind == "embedding":
+            tensor.normal_(0.0, 0.02, generator=generator)
+        elif kind == "lm_head":
+            if tensor is not weights.embedding:
+                tensor.normal_(0.0, 0.02, generator=generator)
+        else:
+            tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
+
+
+@dataclass(frozen=True, slots=True)
+class _Allocator:
+    dtype: torch.dtype
+    device: torch.device
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+    def float(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def norm(self, size: int, spec: ModelSpec) -> Tensor:
+        # 1 + w in bfloat16 would lose most of w.
+        return self.float(size) if spec.norms.offset else self(size)
+
+
+def _layer(new: _Allocator, spec: ModelSpec, layer: LayerSpec) -> LayerWeights:
+    def norm(present: bool) -> Tensor | None:
+        return new.norm(spec.hidden_size, spec) if present else None
+
+    a, norms = spec.attention, spec.norms
+    return LayerWeights(
+        attention=_latent(new, spec, a, a.latent) if a.latent else _attention(new, spec, a),
+        mlp=(
+            _dense(new, layer.mlp, spec.hidden_size)
+            if isinstance(layer.mlp, DenseSpec)
+            else _experts(new, layer.mlp, spec.hidden_size)
+        ),
+        attention_norm=norm(norms.before),
+        attention_out_norm=norm(norms.after),
+        mlp_norm=norm(norms.before),
+        mlp_out_norm=norm(norms.after),
+    )
+
+
+def _attention(new: _Allocator, spec: ModelSpec, a: AttentionSpec) -> AttentionWeights:
+    hidden, dim = spec.hidden_size, a.head_dim
+    rows = (a.num_heads + 2 * a.num_kv_heads) * dim
+    q_heads, kv_heads = (1, 1) if a.qk_norm == "head" else (a.num_heads, a.num_kv_heads)
+    return AttentionWeights(
+        qkv=new(rows, hidden),
+        o=new(hidden, a.num_heads * dim),
+        qkv_bias=new(rows) if a.qkv_bias else None,
+        o_bias=new(hidden) if a.o_bias else None,
+        q_norm=new.norm(q_heads * dim, spec) if a.qk_norm else None,
+        k_norm=new.norm(kv_heads * dim, spec) if a.qk_norm else None,
+        sinks=new(a.num_heads) if a.sinks else None,
+    )
+
+
+def _latent(new: _Allocator, spec: ModelSpec, a: AttentionSpec, latent: LatentSpec) -> LatentAttentionWeights:
+    hidden, rank, q_rank = spec.hidden_size, latent.kv_rank, latent.q_rank
+    return LatentAttentionWeights(
+        q=new(a.num_heads * (latent.nope_dim + latent.rope_dim), q_rank or hidden),
+        kv_down=new(rank + latent.rope_dim, hidden),
+        kv_norm=new.norm(rank, spec),
+        kv_up=new(a.num_heads, latent.nope_dim + latent.v_dim, rank),
+        o=new(hidden, a.num_heads * latent.v_dim),
+        q_down=new(q_rank, hidden) if q_rank else None,
+        q_norm=new.norm(q_rank, spec) if q_rank else None,
+        q_down_bias=new(q_rank) if q_rank and a.qkv_bias else None,
+        kv_down_bias=new(rank + latent.rope_dim) if a.qkv_bias else None,
+        o_bias=new(hidden) if a.o_bias else None,
+    )
+
+
+def _dense(new: _Allocator, mlp: DenseSpec, hidden: int) -> DenseWeights:
+    inner = mlp.intermediate_size
+    return DenseWeights(
+        gate_up=new(2 * inner, hidden),
+        down=new(hidden, inner),
+        gate_up_bias=new(2 * inner) if mlp.bias else None,
+        down_bias=new(hidden) if mlp.bias else None,
+    )
+
+
+def _experts(new: _Allocator, moe: MoESpec, hidden: int) -> ExpertWeights:
+    experts, inner = moe.router.num_experts, moe.intermediate_size
+    return ExpertWeights(
+        router=new.float(experts, hidden),
+        gate_up=new(experts, 2 * inner, hidden),
+        down=new(experts, hidden, inner),
+        router_bias=new.float(experts) if moe.router.bias else None,
+        correction=new.float(experts) if moe.router.correction else None,
+        gate_up_bias=new(experts, 2 * inner) if moe.bias else None,
+        down_bias=new(experts, hidden) if moe.bias else None,
+        shared=_dense(new, DenseSpec(moe.shared_size), hidden) if moe.shared_size else None,
+        shared_gate=new(1, hidden) if moe.shared_gate else None,
+    )

@@ -1,0 +1,31 @@
+"""ModelSpec: what a model is, read from its raw config.json. The one source for models, memory, sim and plan.
+
+Never AutoConfig: it imports torch, and a laptop that only plans a deployment has no need of it.
+"""
+
+from llmtool.modelspec.parts import (
+    AttentionSpec,
+    DenseSpec,
+    GateSpec,
+    LatentSpec,
+    LayerSpec,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    RouterSpec,
+)
+from llmtool.modelspec.spec import DTYPE_BYTES, ModelSpec
+
+__all__ = [
+    "AttentionSpec",
+    "DTYPE_BYTES",
+    "DenseSpec",
+    "GateSpec",
+    "LatentSpec",
+    "LayerSpec",
+    "ModelSpec",
+    "MoESpec",
+    "NormSpec",
+    "RopeSpec",
+    "RouterSpec",
+]

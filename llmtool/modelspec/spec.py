@@ -1,0 +1,152 @@
+"""ModelSpec: a decoder's shapes and constants, its size, and what its layers cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmtool.core.memory.geometry import LayerCacheSpec
+from llmtool.errors import ModelError
+from llmtool.modelspec.parameters import matrices
+from llmtool.modelspec.parts import AttentionSpec, DenseSpec, LayerSpec, NormSpec, RopeSpec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder, resolved: whatever its family, all that runs it or counts its bytes is here.
+
+    family: its model_type. embedding_scale: of the embeddings as the first layer reads them; residual_scale: of
+    what a block adds; logits become logits / logits_divisor, then logits_softcap * tanh(logits / logits_softcap).
+    dtype: the one it was published in. eos_ids: tokens that end its output, from config.json and
+    generation_config.json.
+    """
+
+    architecture: str
+    family: str
+    vocab_size: int
+    hidden_size: int
+    max_positions: int
+    attention: AttentionSpec
+    norms: NormSpec
+    layers: tuple[LayerSpec, ...]
+    tied_embeddings: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logits_divisor: float = 1.0
+    logits_softcap: float | None = None
+    dtype: str = "bfloat16"
+    eos_ids: tuple[int, ...] = ()
+    bos_id: int | None = None
+    pad_id: int | None = None
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> ModelSpec:
+        """The spec of a Hugging Face directory. Raises ModelError when it has no readable config.json."""
+        directory = Path(path)
+        config = _read_json(directory / "config.json")
+        if config is None:
+            raise ModelError(
+                f"{directory} has no config.json, so it is not a Hugging Face model directory.",
+                "Give a directory with config.json and safetensors, a GGUF file, or a hub id.",
+            )
+        return cls.from_config(config, _read_json(directory / "generation_config.json") or {})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelSpec:
+        """The spec that a parsed config.json describes, in the spelling of transformers 4 or 5.
+
+        generation: a parsed generation_config.json, for its end tokens. Raises ModelError for an architecture
+        or feature that does not run, or a field that is missing or makes no sense.
+        """
+        from llmtool.modelspec.read import read_spec  # it makes ModelSpecs, and so imports this module
+
+        return read_spec(config, generation or {})
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def num_heads(self) -> int:
+        return self.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim
+
+    @property
+    def norm_eps(self) -> float:
+        return self.norms.eps
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Per layer, how many tokens a token sees, itself included; None sees all."""
+        return tuple(layer.window for layer in self.layers)
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """The different rotary embeddings of the layers, in the order in which they first appear."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers if layer.rope is not None))
+
+    @property
+    def intermediate_size(self) -> int:
+        """MLP neurons that one token passes in the widest layer: of a mixture, the chosen and shared experts'."""
+        return max(_active_width(layer) for layer in self.layers)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(rows * columns for rows, columns in self.matrices().values())
+
+    def weight_bytes(self, dtype: str) -> int:
+        return self.num_parameters * DTYPE_BYTES[dtype]
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Parameters by kind as (number of vectors, their length), all layers together; tied ones once."""
+        return matrices(self)
+
+    def layer_cache_specs(self, dtype_bytes: int) -> list[LayerCacheSpec]:
+        """What each layer caches per token, dtype_bytes per element.
+
+        Latent attention caches one row per token, whose leading dimensions are the value: v_head_dim is 0.
+        """
+        attention = self.attention
+        latent = attention.latent is not None
+        return [
+            LayerCacheSpec(
+                layer=i,
+                num_kv_heads=attention.num_kv_heads,
+                k_head_dim=attention.head_dim,
+                v_head_dim=0 if latent else attention.head_dim,
+                dtype_bytes=dtype_bytes,
+                kind="mla" if latent else "full" if layer.window is None else "sliding_window",
+            )
+            for i, layer in enumerate(self.layers)
+        ]
+
+
+def _active_width(layer: LayerSpec) -> int:
+    mlp = layer.mlp
+    if isinstance(mlp, DenseSpec):
+        return mlp.intermediate_size
+    return mlp.router.top_k * mlp.intermediate_size + mlp.shared_size
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path} cannot be read as JSON: {e}.") from None
+    if not isinstance(data, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return data
