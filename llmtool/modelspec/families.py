@@ -217,7 +217,7 @@ FAMILIES: dict[str, Family] = {
         types=_every_nth_full,
         ropes=_local_and_global,
         scales=_gemma_scales,
-        refused=("use_bidirectional_attention",),
+        refused=("use_bidirectional_attention", "attn_logit_softcapping"),
     ),
     "Phi3ForCausalLM": Family(
         "phi3",

@@ -6,9 +6,11 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
+from llmtool_kernels import attention
 from llmtool_kernels.attention import UNIT, AttentionBatch, KVLayout, copy_pages, page_rows, paged_attention
 from llmtool_kernels.attention_plan import MAX_BUCKET_TOKENS, plan_step
 
@@ -19,6 +21,9 @@ NEVER_READ = 2**30  # in tables past a sequence's pages: far outside any arena
 
 def test_unit_is_the_allocators() -> None:
     assert UNIT == geometry.UNIT
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Store:
     layers: int = 2
     dtype: torch.dtype = torch.float32
     num_pages: int = 64
+    shared: int = 0  # so many leading dimensions of K are V, of which nothing is stored
     k: dict[int, torch.Tensor] = field(default_factory=dict)  # sequence -> [tokens, Hkv, Dk]
     v: dict[int, torch.Tensor] = field(default_factory=dict)
     tables: dict[int, list[int]] = field(default_factory=dict)
@@ -59,16 +65,21 @@ class Store:
             table.append(self.free.pop())
         return total
 
-    def step(
-        self, news: dict[int, int], q_heads: int, window: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def step(self, news: dict[int, int], q_heads: int, window: int | None, **extra: Any) -> Pair:
         """Run the step in which each sequence gets that many tokens; (ours, the oracle's), both [N, Hq, Dv]."""
         totals = [self.extend(s, n) for s, n in news.items()]
-        return self.attend(list(news), list(news.values()), totals, q_heads, window)
+        return self.attend(list(news), list(news.values()), totals, q_heads, window, **extra)
 
     def attend(
-        self, sequences: list[int], query_lens: list[int], totals: list[int], q_heads: int, window: int | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        sequences: list[int],
+        query_lens: list[int],
+        totals: list[int],
+        q_heads: int,
+        window: int | None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> Pair:
         batch = AttentionBatch.build(
             query_lens, totals, [self.tables[s] for s in sequences], self.page_tokens
         )
@@ -79,14 +90,37 @@ class Store:
         v = torch.cat([self.v[s][a:b] for s, a, b in spans])
         q = torch.randn(len(k), q_heads, self.k_dim).to(self.dtype)
         scale = 1 / math.sqrt(self.k_dim)
-        ours = paged_attention(q, k, v, self.arena, self.layout, batch, scale, window)
+        shared = {"v": None, "value_dim": self.shared} if self.shared else {"v": v}
+        ours = paged_attention(
+            q,
+            k,
+            arena=self.arena,
+            layout=self.layout,
+            batch=batch,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks=sinks,
+            **shared,
+        )
         rows = [(s, p) for s, a, b in spans for p in range(a, b)]
-        expected = [dense(q[i], self.k[s], self.v[s], p, scale, window) for i, (s, p) in enumerate(rows)]
+        values = {s: self.k[s][..., : self.shared] if self.shared else self.v[s] for s in sequences}
+        expected = [
+            dense(q[i], self.k[s], values[s], p, scale, window, softcap, sinks)
+            for i, (s, p) in enumerate(rows)
+        ]
         return ours, torch.stack(expected)
 
 
 def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, position: int, scale: float, window: int | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    position: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """One token's attention, head by head, in float64. q [Hq, Dk]; k, v [tokens, Hkv, D] -> [Hq, Dv]."""
     first = 0 if window is None else max(0, position - window + 1)
@@ -94,8 +128,12 @@ def dense(
     out = []
     for head in range(len(q)):
         keys, values = (x[first : position + 1, head // group].double() for x in (k, v))
-        weights = (keys @ q[head].double() * scale).softmax(0)
-        out.append(weights @ values)
+        scores = keys @ q[head].double() * scale
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        if sinks is not None:
+            scores = torch.cat((scores, sinks[head : head + 1].double()))
+        out.append(scores.softmax(0)[: len(values)] @ values)
     return torch.stack(out).to(q.dtype)
 
 
@@ -121,6 +159,37 @@ def test_continuous_batching_equals_the_double_loop(
         chosen = rng.sample(range(6), rng.randint(1, 6))
         ours, expected = store.step({s: rng.choice([1, 1, 1, 2, 7, 17]) for s in chosen}, q_heads, window)
         torch.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("softcap", "sinks"), [(0.7, False), (None, True), (1.5, True)])
+def test_soft_capped_scores_and_sinks(
+    softcap: float | None, sinks: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scores' memory is bounded to few rows at a time, so that chunks are cut too."""
+    monkeypatch.setattr(attention, "MAX_SCORES", 500)
+    store = Store(2, k_dim=8, v_dim=4, page_tokens=3, num_pages=300)
+    sink = torch.randn(6) if sinks else None
+    rng = random.Random(1)
+    for _ in range(6):
+        chosen = rng.sample(range(6), rng.randint(1, 6))
+        news = {s: rng.choice([1, 1, 2, 7, 37]) for s in chosen}
+        ours, expected = store.step(news, 6, window, softcap=softcap, sinks=sink)
+        torch.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_values_may_be_the_leading_dimensions_of_the_keys(softcap: float | None) -> None:
+    """Latent attention: one row a token, half the memory, whatever lies behind it untouched."""
+    store = Store(1, k_dim=12, v_dim=0, page_tokens=4, shared=8, num_pages=60)
+    rng = random.Random(4)
+    for _ in range(5):
+        news = {s: rng.choice([1, 1, 6]) for s in range(4)}
+        ours, expected = store.step(news, 5, None, softcap=softcap)
+        assert ours.shape[1:] == (5, 8)
+        torch.testing.assert_close(ours, expected, atol=2e-6, rtol=1e-5)
+    written = (~store.arena.view(torch.float32).isnan()).sum()
+    assert written == sum(len(k) for k in store.k.values()) * 12
 
 
 def test_half_precision() -> None:

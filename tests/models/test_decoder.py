@@ -28,7 +28,7 @@ def pair(request: pytest.FixtureRequest, tiny: Tiny) -> tuple[torch.Tensor, Page
     with torch.inference_mode():
         expected = reference(torch.tensor([PROMPT])).logits[0]
     assert expected.std() > 0.1  # a comparison of near-constants would prove nothing
-    return expected, PagedSequences(load(directory, torch.float32))
+    return expected, PagedSequences(load(directory, torch.float32, max_length=len(PROMPT)))
 
 
 def test_logits_of_a_whole_prompt(pair: tuple[torch.Tensor, PagedSequences]) -> None:
