@@ -175,11 +175,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def build(name: str) -> transformers.PreTrainedModel:
+def build(name: str, **sizes: Any) -> transformers.PreTrainedModel:
     """A model whose every parameter is random: norms and biases too, or a forgotten one would not show."""
     config_class, settings = FAMILIES[name]
     # Copied: transformers keeps and changes the tables it is given.
-    config = getattr(transformers, config_class)(**copy.deepcopy({**SIZES, **settings}))
+    config = getattr(transformers, config_class)(**copy.deepcopy({**SIZES, **settings, **sizes}))
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():

@@ -1,0 +1,74 @@
+"""Every native family through the whole engine against transformers' generate, whatever the scheduler does."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from llmtool.core.request import SamplingParams
+from llmtool.models.loader import load
+from tests.models.conftest import FAMILIES, build
+from tests.runtime.test_engine_equality import Collector, conversations, make_engine
+from tests.runtime.tiny import MAX_LEN, VOCAB, TinyModel
+
+# transformers turns the keys of its cache anew where a context outgrows longrope's short factors, and no engine
+# with shared pages can: within one set of factors both agree.
+NAMES = sorted(set(FAMILIES) - {"phi3-longrope-long"})
+LONGEST = 64
+CONDITIONS: dict[str, dict[str, Any]] = {
+    "chunks, prefix hits and recomputation": {"num_pages": 20, "budget": 13},
+    "large pages, swapping": {
+        "tokens_per_page": 8,
+        "num_pages": 11,
+        "host_pages": 40,
+        "budget": 40,
+        "preemption": "swap",
+    },
+}
+Expected = list[tuple[list[int], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[TinyModel, Expected]]:
+    """name -> (the model here and in transformers, [(prompt, greedy tokens)]); built once."""
+    built: dict[str, tuple[TinyModel, Expected]] = {}
+
+    def get(name: str) -> tuple[TinyModel, Expected]:
+        if name not in built:
+            directory = tmp_path_factory.mktemp(name)
+            reference = build(name, vocab_size=VOCAB, max_position_embeddings=MAX_LEN, num_hidden_layers=2)
+            reference.save_pretrained(directory)
+            tiny = TinyModel(load(directory, torch.float32, max_length=LONGEST), reference, directory)
+            rng = random.Random(len(name))
+            answers = [(prompt, tiny.greedy(prompt, rng.randint(8, 20))) for prompt in conversations(10, 3)]
+            assert max(len(prompt) + len(tokens) for prompt, tokens in answers) <= LONGEST
+            built[name] = tiny, answers
+        return built[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_greedy_equals_generate(
+    family: Callable[[str], tuple[TinyModel, Expected]], name: str, condition: str
+) -> None:
+    tiny, answers = family(name)
+    engine = make_engine(tiny, **CONDITIONS[condition])
+    collector = Collector(engine)
+    rng = random.Random(1)
+    for i, (prompt, tokens) in enumerate(answers):
+        engine.add(str(i), prompt, SamplingParams(temperature=0, max_tokens=len(tokens)))
+        for _ in range(rng.randint(0, 2)):
+            collector.step()
+    collector.drain()
+    for i, (_, tokens) in enumerate(answers):
+        assert collector.tokens[str(i), 0] == tokens, i
+    stats = engine.stats
+    assert stats.preemptions > 0
+    assert stats.prefix_hits > 0
+    assert (stats.swapped_pages > 0) == ("swap" in condition)
