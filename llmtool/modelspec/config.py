@@ -39,9 +39,10 @@ class Config:
     def optional_number(self, key: str) -> float | None:
         return None if self.get(key) is None else self.number(key)
 
-    def choice(self, key: str, choices: Mapping[str, str], what: str) -> str:
+    def choice(self, key: str, choices: Mapping[str, str], what: str, default: str | None = None) -> str:
         """The meaning of a field that has one of several names. Raises ModelError for any other."""
         value = self.get(key)
+        value = default if value is None else value
         if value not in choices:
             raise ModelError(f"The {what} {value!r} does not run here; {', '.join(sorted(choices))} do.")
         return choices[value]

@@ -49,8 +49,9 @@ def gpt_oss_mlps(config: Config, layers: int) -> Sequence[MlpSpec]:
 
 def deepseek_v2_mlps(config: Config, layers: int) -> Sequence[MlpSpec]:
     config.refuse("norm_topk_prob")
-    methods = {"greedy": "greedy", "group_limited_greedy": "group_limited_greedy"}
-    grouped = config.choice("topk_method", methods, "expert choice (topk_method)") == "group_limited_greedy"
+    _only(config, "scoring_func", "softmax")
+    methods = {"greedy": "", "group_limited_greedy": "grouped"}
+    grouped = bool(config.choice("topk_method", methods, "expert choice (topk_method)"))
     router = RouterSpec(
         _experts(config),
         _top_k(config),
@@ -62,6 +63,8 @@ def deepseek_v2_mlps(config: Config, layers: int) -> Sequence[MlpSpec]:
 
 
 def deepseek_v3_mlps(config: Config, layers: int) -> Sequence[MlpSpec]:
+    _only(config, "scoring_func", "sigmoid")
+    _only(config, "topk_method", "noaux_tc")
     router = RouterSpec(
         _experts(config),
         _top_k(config),
@@ -87,6 +90,10 @@ def _deepseek_mlps(config: Config, layers: int, router: RouterSpec) -> Sequence[
     moe = MoESpec(router, size, _gate(config), shared_size=shared)
     first, every = int(config.number("first_k_dense_replace", 0)), config.count("moe_layer_freq", 1)
     return [moe if i >= first and i % every == 0 else _dense(config) for i in range(layers)]
+
+
+def _only(config: Config, key: str, value: str) -> None:
+    config.choice(key, {value: value}, f"expert choice ({key})", value)
 
 
 def _dense(config: Config) -> DenseSpec:

@@ -87,7 +87,7 @@ def _moe(moe: MoESpec, hidden: int) -> list[Shape]:
     experts, inner, shared = moe.router.num_experts, moe.intermediate_size, moe.shared_size
     return [
         ("router", experts, hidden),
-        ("router_bias", int(moe.router.bias), experts),
+        ("router_bias", moe.router.bias + moe.router.correction, experts),
         ("expert_gate_up", experts * 2 * inner, hidden),
         ("expert_down", experts * hidden, inner),
         ("expert_bias", experts * int(moe.bias), 2 * inner + hidden),

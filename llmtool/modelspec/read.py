@@ -130,9 +130,13 @@ def _dtype(config: Config) -> str:
 
 
 def _check_quantisation(config: Config) -> None:
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    settings = config.get("quantization_config") or {}
+    method = settings.get("quant_method")
+    blocks = settings.get("weight_block_size")
+    if method == "fp8" and blocks != [128, 128]:
+        method = f"fp8 in blocks of {blocks}"
     if method is not None and method not in DEQUANTISED:
         raise ModelError(
             f"The checkpoint is quantised with {method}, which does not run here.",
-            f"Use the model's unquantised weights, or one of {', '.join(DEQUANTISED)}.",
+            "Use the model's unquantised weights; mxfp4 and fp8 in blocks of [128, 128] run too.",
         )

@@ -12,111 +12,32 @@ import pytest
 
 from llmtool.errors import ModelError
 from llmtool.modelspec import AttentionSpec, DenseSpec, ModelSpec, RopeSpec
-
-LLAMA_31_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "attention_bias": False,
-    "bos_token_id": 128000,
-    "eos_token_id": [128001, 128008, 128009],
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 131072,
-    "mlp_bias": False,
-    "model_type": "llama",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": {
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 128256,
-}
-QWEN25_7B: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "bos_token_id": 151643,
-    "eos_token_id": 151645,
-    "hidden_act": "silu",
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 28,
-    "model_type": "qwen2",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 131072,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "use_sliding_window": False,
-    "vocab_size": 152064,
-}
-QWEN3_8B: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "attention_bias": False,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "max_position_embeddings": 40960,
-    "model_type": "qwen3",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 36,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 151936,
-}
-MISTRAL_7B_V01: dict[str, Any] = {
-    "architectures": ["MistralForCausalLM"],
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mistral",
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "sliding_window": 4096,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 32000,
-}
-# As published on the models' pages: parameters, and KV bytes per layer and token in bfloat16.
-PUBLISHED = [
-    (LLAMA_31_8B, 8_030_261_248, 4096),
-    (QWEN25_7B, 7_615_616_512, 2048),
-    (QWEN3_8B, 8_190_735_360, 4096),
-    (MISTRAL_7B_V01, 7_241_732_096, 4096),
-]
+from tests.modelspec.published import LLAMA_31_8B, MISTRAL_7B_V01, PUBLISHED, QWEN3_8B, QWEN25_7B
 
 
-@pytest.mark.parametrize(("config", "parameters", "kv_bytes"), PUBLISHED)
-def test_sizes_of_published_models(config: dict[str, Any], parameters: int, kv_bytes: int) -> None:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_of_published_models(name: str) -> None:
+    config, parameters, kv_bytes, full, sliding, window = PUBLISHED[name]
     spec = ModelSpec.from_config(config)
     assert spec.num_parameters == parameters
     assert spec.weight_bytes("bfloat16") == 2 * parameters
     assert spec.weight_bytes("float32") == 4 * parameters
     caches = spec.layer_cache_specs(2)
-    assert [cache.layer for cache in caches] == list(range(config["num_hidden_layers"]))
+    assert [cache.layer for cache in caches] == list(range(full + sliding))
     assert {cache.bytes_per_token for cache in caches} == {kv_bytes}
+    assert [spec.windows.count(None), len(spec.windows) - spec.windows.count(None)] == [full, sliding]
+    assert set(spec.windows) - {None} == ({window} if window else set())
+    kinds = [
+        "mla" if spec.attention.latent else "full" if w is None else "sliding_window" for w in spec.windows
+    ]
+    assert [cache.kind for cache in caches] == kinds
+
+
+def test_order_of_full_and_sliding_layers() -> None:
+    windows = {name: ModelSpec.from_config(PUBLISHED[name][0]).windows for name in PUBLISHED}
+    assert windows["Gemma-2-9B"] == (4096, None) * 21
+    assert windows["Gemma-3-27B"] == ((1024,) * 5 + (None,)) * 10 + (1024, 1024)
+    assert windows["gpt-oss-20b"] == (128, None) * 12
 
 
 def test_llama_fields() -> None:
