@@ -42,10 +42,10 @@ class Config:
     def choice(self, key: str, choices: Mapping[str, str], what: str, default: str | None = None) -> str:
         """The meaning of a field that has one of several names. Raises ModelError for any other."""
         value = self.get(key)
-        value = default if value is None else value
-        if value not in choices:
+        meaning = choices.get(default if value is None and default is not None else value)
+        if meaning is None:
             raise ModelError(f"The {what} {value!r} does not run here; {', '.join(sorted(choices))} do.")
-        return choices[value]
+        return meaning
 
     def integers(self, key: str, length: int | None = None) -> list[int] | None:
         """A list of integers, or None where it is absent or null."""

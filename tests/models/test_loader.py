@@ -16,6 +16,9 @@ from llmtool.errors import ModelError
 from llmtool.models.checkpoint import slots
 from llmtool.models.decoder import NativeDecoder
 from llmtool.models.loader import load
+from llmtool.models.weights import allocate, named_tensors
+from llmtool.modelspec import ModelSpec
+from tests.models.conftest import FAMILIES
 from tests.models.paged import PagedSequences
 
 Tiny = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
@@ -91,7 +94,7 @@ def test_directories_without_readable_weights(directory: Path) -> None:
         load(directory, torch.float32)
 
 
-@pytest.mark.parametrize("family", ["smollm", "llama-biased", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_dummy_weights_need_only_a_config_and_follow_the_seed(
     tiny: Tiny, tmp_path: Path, family: str
 ) -> None:
@@ -107,7 +110,7 @@ def test_dummy_weights_need_only_a_config_and_follow_the_seed(
     assert len(set(first.argmax(-1).tolist())) > 2
 
 
-def test_slots_are_transformers_names_and_cover_all_memory(tiny: Tiny) -> None:
+def test_slots_are_transformers_names(tiny: Tiny) -> None:
     for family in ("llama", "llama-biased", "qwen2", "qwen3"):
         reference, directory = tiny(family)
         model = load(directory, torch.float32)
@@ -116,6 +119,22 @@ def test_slots_are_transformers_names_and_cover_all_memory(tiny: Tiny) -> None:
         assert set(table) == {name for name, _ in reference.named_parameters()}
         for name, parameter in reference.named_parameters():
             assert torch.equal(table[name].target, parameter), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_slots_cover_all_memory_once(tiny: Tiny, family: str) -> None:
+    _, directory = tiny(family)
+    weights = allocate(ModelSpec.from_dir(directory), torch.float32, torch.device("cpu"))
+    tensors = {tensor.data_ptr(): tensor for _, tensor in named_tensors(weights)}
+    for tensor in tensors.values():
+        tensor.fill_(torch.nan)
+    table = slots(ModelSpec.from_dir(directory), weights)
+    stored = load_file(directory / "model.safetensors")
+    assert set(table) == set(stored) - ({"lm_head.weight"} if weights.lm_head is weights.embedding else set())
+    for name, slot in table.items():
+        assert slot.target.isnan().all(), f"{name} fills what another tensor filled"
+        slot.fill(stored[name])
+    assert not any(tensor.isnan().any() for tensor in tensors.values())
 
 
 def test_the_index_may_be_nonsense(directory: Path) -> None:
