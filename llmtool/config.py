@@ -116,7 +116,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """HTTP side of `serve`. max_body_bytes: larger requests get a 413. drain_seconds: grace after SIGTERM."""
+    """HTTP side of `serve`. max_body_bytes: larger requests get a 413. drain_seconds: grace after SIGTERM.
+
+    metrics_compat: vllm names the shared metrics as vLLM does, none as llmtool's. allow_lark: take lark grammars
+    from clients, which can be so ambiguous that one mask takes seconds.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -126,6 +130,7 @@ class ServerConfig:
     drain_seconds: float = 30.0
     metrics_compat: str = "vllm"  # vllm: also under vLLM's names | none
     chat_template: str | None = None
+    allow_lark: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:

@@ -47,7 +47,11 @@ def serve(
         str | None, typer.Option(help="Largest request body, for example 32MiB.", rich_help_panel=_panel)
     ] = None,
     metrics_compat: Annotated[
-        str | None, typer.Option(help="vllm (also under its names) or none.", rich_help_panel=_panel)
+        str | None, typer.Option(help="Names of shared metrics: vllm's, or none.", rich_help_panel=_panel)
+    ] = None,
+    allow_lark: Annotated[
+        bool | None,
+        typer.Option("--allow-lark", help="Take lark grammars from clients.", rich_help_panel=_panel),
     ] = None,
     dtype: engine.Dtype = None,
     device: engine.Device = None,

@@ -33,11 +33,12 @@ class Admission:
         self._eos = eos_token_ids
         self.context = min(config.max_model_len, allocator.max_tokens())
 
-    def check_queue(self, sequences: int) -> None:
+    def check_queue(self, present: int, new: int) -> None:
         limit = self._config.max_num_seqs + self._config.max_waiting
-        if sequences >= limit:
+        if present + new > limit:
             raise QueueFull(
-                f"The queue is full: {sequences} sequences are running or waiting, the limit is {limit}.",
+                f"The queue is full: {present} sequences are running or waiting, {new} more are asked for, and the "
+                f"limit is {limit}.",
                 "Try again later.",
             )
 
@@ -86,7 +87,8 @@ class Admission:
         stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._eos)
         if params.beam is not None and len(stops) > MAX_BEAM_STOPS:
             raise RequestError(
-                f"A beam search takes at most {MAX_BEAM_STOPS} stop tokens.", param="stop_token_ids"
+                f"A beam search takes at most {MAX_BEAM_STOPS} stop tokens, not {len(stops)}.",
+                param="stop_token_ids",
             )
         requests: list[Request] = []
         for index in range(params.n if params.beam is None else 1):

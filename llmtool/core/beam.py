@@ -61,7 +61,9 @@ class BeamSearch:
         self._top.clear()
         candidates.sort(key=lambda c: (-c[0], c[1], c[2]))
         at_limit = length >= self.root.max_tokens
-        ends = self.root.stop_tokens if length >= self.root.params.min_tokens else frozenset()
+        ends = self.root.stop_tokens
+        if length < self.root.params.min_tokens:
+            candidates = [c for c in candidates if c[2] not in ends]
         live: list[Continuation] = []
         for rank, (score, _, token, beam) in enumerate(candidates):
             if token in ends or at_limit:

@@ -56,7 +56,7 @@ class Committer:
             ended = ended or output.finish_reason is not None
         if ended:
             roster.sweep()
-        roster.count_step()
+        roster.stats.steps += 1
         return outputs
 
     def _prompt_progress(self, request: Request, result: StepResult) -> None:
@@ -97,7 +97,7 @@ class Committer:
         output.num_cached_tokens = request.num_cached
         if request.index == 0:
             self._roster.stats.prompt_tokens += request.num_prompt_tokens
-        if request.prompt_logprobs:
+        if request.params.prompt_logprobs is not None and request.index == 0:
             output.prompt_logprobs = [None, *request.prompt_logprobs]
 
     # -- beams ---------------------------------------------------------------------------------------------

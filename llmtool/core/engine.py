@@ -76,6 +76,7 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         """Submit what can be submitted, then commit the oldest step in flight. [] when there was nothing."""
+        self.last_step = None
         while len(self._submitted) < self.executor.max_in_flight:
             now = self.clock.now()
             out = self.scheduler.schedule(now)

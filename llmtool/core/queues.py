@@ -11,7 +11,8 @@ class WaitingQueue:
     """Ordered by `Request.sort_key` (priority, arrival, id)."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, float, str, int], Request]] = []
+        self._heap: list[tuple[tuple[int, float, str, int], int, Request]] = []
+        self._pushed = 0  # a removed request leaves its entry behind: entries must differ, requests cannot
         self._members: set[Request] = set()
 
     def __len__(self) -> int:
@@ -23,11 +24,12 @@ class WaitingQueue:
     def push(self, request: Request) -> None:
         assert request not in self._members
         self._members.add(request)
-        heapq.heappush(self._heap, (request.sort_key, request))
+        self._pushed += 1
+        heapq.heappush(self._heap, (request.sort_key, self._pushed, request))
 
     def peek(self) -> Request | None:
         while self._heap:
-            request = self._heap[0][1]
+            request = self._heap[0][2]
             if request in self._members:
                 return request
             heapq.heappop(self._heap)

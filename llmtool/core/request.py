@@ -16,6 +16,22 @@ MAX_N = 128
 MAX_LOGPROBS = 100
 MAX_STOP_TOKENS = 128
 MAX_BEAM_STOPS = 8
+MAX_TOKENS = 2**31 - 1
+MIN_TEMPERATURE = 0.01
+GREEDY_BELOW = 1e-5
+MAX_BIAS = 100.0
+_NOT_WITH_BEAMS = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "logprobs",
+    "prompt_logprobs",
+    "grammar",
+)
 
 
 class RequestStatus(IntEnum):
@@ -90,7 +106,16 @@ class SamplingParams:
     beam: BeamParams | None = None
 
     def __post_init__(self) -> None:
+        self._normalise()
         m = self.max_tokens
+        _require(
+            m is None or m <= MAX_TOKENS, "max_tokens", f"max_tokens must be at most {MAX_TOKENS}, not {m}."
+        )
+        _require(
+            self.min_tokens <= MAX_TOKENS,
+            "min_tokens",
+            f"min_tokens must be at most {MAX_TOKENS}, not {self.min_tokens}.",
+        )
         _require(m is None or m >= 1, "max_tokens", f"max_tokens must be at least 1, not {m}.")
         _require(self.min_tokens >= 0, "min_tokens", f"min_tokens must be at least 0, not {self.min_tokens}.")
         _require(
@@ -101,7 +126,7 @@ class SamplingParams:
         _finite(self.temperature, "temperature", 0.0, 100.0)
         _finite(self.top_p, "top_p", 0.0, 1.0, open_low=True)
         _finite(self.min_p, "min_p", 0.0, 1.0)
-        _finite(self.repetition_penalty, "repetition_penalty", 0.0, 100.0, open_low=True)
+        _finite(self.repetition_penalty, "repetition_penalty", 0.01, 100.0)
         _finite(self.presence_penalty, "presence_penalty", -2.0, 2.0)
         _finite(self.frequency_penalty, "frequency_penalty", -2.0, 2.0)
         _require(self.top_k >= -1, "top_k", f"top_k must be -1, 0 (off) or positive, not {self.top_k}.")
@@ -121,7 +146,7 @@ class SamplingParams:
         _require(
             self.seed is None or -(2**63) <= self.seed < 2**63,
             "seed",
-            "seed must be a 64-bit signed integer.",
+            f"seed must be a 64-bit signed integer, not {self.seed}.",
         )
         _require(
             len(self.stop_token_ids) <= MAX_STOP_TOKENS,
@@ -130,12 +155,33 @@ class SamplingParams:
         )
         for token, bias in self.logit_bias.items():
             _require(token >= 0, "logit_bias", f"logit_bias has a negative token id, {token}.")
-            _finite(bias, "logit_bias", -100.0, 100.0)
+            _require(bias == bias, "logit_bias", f"logit_bias of token {token} is not a number.")
         if self.beam is not None:
             width = self.beam.width
             _require(1 <= width <= 32, "best_of", f"a beam search takes 1 to 32 beams, not {width}.")
             _require(self.n <= width, "n", f"n ({self.n}) must not exceed the number of beams ({width}).")
-            _require(self.grammar is None, "response_format", "a beam search takes no structured output.")
+            self._check_beam()
+
+    def _normalise(self) -> None:
+        """As vLLM does: a temperature near 0 is greedy and no other is below 0.01, seed -1 is none, biases end at
+        +-100. Smaller temperatures would overflow float32."""
+        set_field = object.__setattr__
+        if 0.0 < self.temperature < MIN_TEMPERATURE:
+            set_field(self, "temperature", 0.0 if self.temperature < GREEDY_BELOW else MIN_TEMPERATURE)
+        if self.seed == -1:
+            set_field(self, "seed", None)
+        if any(abs(bias) > MAX_BIAS for bias in self.logit_bias.values()):
+            clamped = {t: max(-MAX_BIAS, min(MAX_BIAS, bias)) for t, bias in self.logit_bias.items()}
+            set_field(self, "logit_bias", clamped)
+
+    def _check_beam(self) -> None:
+        """Beams are ranked by the model's own probabilities: what would change those is refused, not ignored."""
+        _require(
+            self.temperature in (0.0, 1.0), "temperature", "A beam search takes no temperature but 0 or 1."
+        )
+        default = SamplingParams()
+        for name in _NOT_WITH_BEAMS:
+            _require(getattr(self, name) == getattr(default, name), name, f"A beam search takes no {name}.")
 
     @property
     def greedy(self) -> bool:

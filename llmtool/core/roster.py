@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Sequence
 
 from llmtool.core.beam import BeamSearch
 from llmtool.core.memory.allocator import KVAllocator
 from llmtool.core.queues import WaitingQueue
-from llmtool.core.request import FinishReason, Request, RequestStatus
+from llmtool.core.request import Request, RequestStatus
 from llmtool.core.stats import EngineStats
 
 
@@ -38,6 +39,7 @@ class Roster:
         self.ended: list[str] = []  # since the last step; the executor is told with the next
         self.stats = EngineStats(pages_total=allocator.ledger().pages_total)
         self.max_seats = max_seats
+        self._retired: list[Request] = []  # since the last sweep
         self._seats = 0
 
     @property
@@ -65,6 +67,17 @@ class Roster:
 
     def seats_free(self) -> int:
         return self.max_seats - self._seats
+
+    def seats_of(self, requests: Sequence[Request]) -> int:
+        """Seats that come free when these running sequences stop; a beam search's when all its beams do."""
+        seats = 0
+        for group, count in Counter(r.group for r in requests).items():
+            search = self.beams.get(group)
+            if search is None:
+                seats += count
+            elif search.num_running == count:
+                seats += search.params.width
+        return seats
 
     def run(self, request: Request) -> None:
         """From the queue's head to the running."""
@@ -121,22 +134,25 @@ class Roster:
         self.waiting.remove(request)
         self.parked.discard(request)
         request.status = RequestStatus.FINISHED
-        self.allocator.end(request.id, keep=request.finish_reason != FinishReason.ERROR)
+        self.allocator.end(request.id)
         self.ended.append(request.id)
+        self._retired.append(request)
         self.release_children(request)
 
     def sweep(self) -> None:
-        """Forget what has ended since the last sweep."""
+        """Forget what has ended since the last sweep; costs what has ended, not what waits."""
+        if not self._retired:
+            return
         self.running = [r for r in self.running if r.status != RequestStatus.FINISHED]
-        for group in [g for g, members in self.groups.items() if all(r.finished for r in members)]:
-            del self.groups[group]
-            self.beams.pop(group, None)
+        for group in {request.group for request in self._retired}:
+            if all(r.finished for r in self.groups[group]):
+                del self.groups[group]
+                self.beams.pop(group, None)
+        self._retired.clear()
 
-    def count_step(self) -> None:
-        self.stats.steps += 1
-        used = self.allocator.usage()[0]
-        if used > self.stats.pages_peak:
-            self.stats.pages_peak = used
+    def count_pages(self) -> None:
+        """Called when a step holds all the pages it will hold."""
+        self.stats.pages_peak = max(self.stats.pages_peak, self.allocator.usage()[0])
 
     # -- looking in ----------------------------------------------------------------------------------------
 

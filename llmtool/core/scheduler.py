@@ -24,6 +24,8 @@ from llmtool.core.request import FinishReason, Request, RequestStatus, SamplingP
 from llmtool.core.roster import Roster, is_idle
 from llmtool.core.stats import EngineStats
 
+SEATS = "seats"  # what is short when max_num_seqs run; otherwise it is a page type
+
 
 class Scheduler:
     """config: limits and policies. allocator: KV memory. eos_token_ids: the model's ends of sequence."""
@@ -63,8 +65,9 @@ class Scheduler:
         """Take a request. Raises RequestTooLong if it can never fit, QueueFull, RequestError."""
         assert group not in self, f"request id {group!r} is in use"
         assert "/" not in group, "ids with a slash name the further answers of a request"
-        self._admission.check_queue(self._roster.num_waiting + len(self._roster.running))
-        self._roster.enter(self._admission.sequences(group, prompt, params, now, priority, cache_salt, seed))
+        requests = self._admission.sequences(group, prompt, params, now, priority, cache_salt, seed)
+        self._admission.check_queue(self._roster.num_waiting + len(self._roster.running), len(requests))
+        self._roster.enter(requests)
 
     def abort(self, group: str, index: int | None = None, now: float = 0.0) -> list[SequenceOutput]:
         """End a request, or one of its answers, at any moment. Unknown or finished ones are ignored."""
@@ -104,11 +107,12 @@ class Scheduler:
         out = SchedulerOutput(self._step_id, finished=self._roster.ended)
         work: list[Request] = []
         if self.config.policy == "priority":
-            self._displace(out)
+            self._admit(out, work, self._budget(out) - self._singles(), now, urgent=True)
         displaced = len(out.preempted)
         budget = self._run(out, work)
         if len(out.preempted) == displaced and budget >= 0:
             self._admit(out, work, budget, now)
+        self._roster.count_pages()
         if out.empty:
             return out
         self._roster.ended = []
@@ -116,21 +120,28 @@ class Scheduler:
         self._submitted.append((out, work))
         return out
 
+    def _budget(self, out: SchedulerOutput) -> int:
+        return self.config.max_num_batched_tokens - out.num_tokens
+
+    def _singles(self) -> int:
+        """Running sequences that want one token."""
+        return sum(1 for r in self._roster.running if len(r.token_ids) - r.num_submitted == 1)
+
     def _run(self, out: SchedulerOutput, work: list[Request]) -> int:
         """Give running sequences their tokens. Returns the budget left; -1 if a sequence lacked pages.
 
         Oldest first, but single tokens are set aside before prompt chunks are cut: a long prompt must not hold
         up those that are decoding.
         """
-        singles = sum(1 for r in self._roster.running if len(r.token_ids) - r.num_submitted == 1)
-        budget = self.config.max_num_batched_tokens
-        for_chunks = budget - singles
+        admitted = {request.id for request in work}  # ahead of their turn, under the priority policy
+        budget = self._budget(out)
+        for_chunks = budget - self._singles()
         position, blocked = 0, False
         while position < len(self._roster.running) and budget > 0:
             request = self._roster.running[position]
             position += 1
             pending = len(request.token_ids) - request.num_submitted
-            if pending == 0:
+            if pending == 0 or request.id in admitted:
                 continue  # in flight, or a beam that waits for the others
             count = 1 if pending == 1 else min(pending, for_chunks)
             if count <= 0:
@@ -175,30 +186,6 @@ class Scheduler:
                 return other
         return None
 
-    def _displace(self, out: SchedulerOutput) -> None:
-        """Under the priority policy the first in the queue takes seats and pages from lower priorities."""
-        request = self._roster.waiting.peek()
-        if request is None:
-            return
-        needed = self.allocator.pages_for(len(request.token_ids))
-        while True:
-            seated = self._roster.seats_needed(request) <= self._roster.seats_free()
-            if seated and self.allocator.available() >= needed + len(self._roster.running):
-                return
-            victim = self._lower(request.priority)
-            if victim is None:
-                return
-            self._preempt(victim, out)
-
-    def _lower(self, priority: int) -> Request | None:
-        """The last running sequence of lower priority that no submitted step uses."""
-        for other in reversed(self._roster.running):
-            if other.priority <= priority:
-                return None
-            if other.in_flight == 0:
-                return other
-        return None
-
     def _preempt(self, victim: Request, out: SchedulerOutput) -> None:
         assert victim.in_flight == 0
         copies, idle = None, is_idle(victim)
@@ -216,15 +203,20 @@ class Scheduler:
         self._roster.send_back(victim, status, park=idle)
         out.preempted.append(victim.id)
 
-    def _admit(self, out: SchedulerOutput, work: list[Request], budget: int, now: float) -> None:
-        """Let waiting sequences in, in order, while seats, pages and budget last."""
+    def _admit(
+        self, out: SchedulerOutput, work: list[Request], budget: int, now: float, urgent: bool = False
+    ) -> None:
+        """Let waiting sequences in, in order, while seats, pages and budget last. urgent: only those that outrank
+        a running one, which they may displace."""
         while budget > 0 and (request := self._roster.waiting.peek()) is not None:
+            if urgent and not (self._roster.running and self._roster.running[-1].priority > request.priority):
+                break
             try:
                 if self._roster.seats_needed(request) > self._roster.seats_free():
-                    raise OutOfPages(self._roster.seats_needed(request), self._roster.seats_free(), "seats")
+                    raise OutOfPages(self._roster.seats_needed(request), self._roster.seats_free(), SEATS)
                 grown = self._start(request, budget, out)
-            except OutOfPages:
-                if self._unblock(out):
+            except OutOfPages as lack:
+                if self._displace(request, lack, out) if urgent else self._unblock(out):
                     continue
                 break
             self._roster.run(request)
@@ -233,6 +225,18 @@ class Scheduler:
             count = min(budget, len(request.token_ids) - request.num_submitted)
             budget -= count
             self._submit(request, count, grown, out, work)
+
+    def _displace(self, request: Request, lack: OutOfPages, out: SchedulerOutput) -> bool:
+        """Preempt the last sequence of lower priority, if doing so to all of them would let `request` in."""
+        lower = [r for r in self._roster.running if r.priority > request.priority and r.in_flight == 0]
+        if lack.binding == SEATS:
+            gain = self._roster.seats_of(lower)
+        else:
+            gain = sum(self.allocator.would_free(r.id) for r in lower)
+        if not lower or lack.have + gain < lack.needed:
+            return False
+        self._preempt(lower[-1], out)
+        return True
 
     def _unblock(self, out: SchedulerOutput) -> bool:
         """Nothing runs and the queue is stuck: beams that wait for a sibling in the queue hold the pages."""

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from llmtool.config import SchedulerConfig
 from llmtool.core.memory.geometry import KVCacheGroup, LayerCacheSpec
+from llmtool.core.memory.hashing import page_hash
 from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import SchedulerOutput, StepResult
 from llmtool.core.request import BeamParams, Grammar, SamplingParams, TokenLogprob
@@ -34,12 +35,23 @@ def decision(out: SchedulerOutput) -> dict[str, Any]:
         "swap_out": [(c.src, c.dst) for c in out.swap_out],
         "swap_in": [(c.src, c.dst) for c in out.swap_in],
         "copies": [(c.src, c.dst) for c in out.copies],
-        "new": [(n.id, len(n.token_ids), [list(t) for t in n.tables]) for n in out.new],
+        "new": [
+            (
+                n.id,
+                _digest(n.token_ids),
+                n.num_prompt_tokens,
+                n.seed,
+                params_to_dict(n.params),
+                [*map(list, n.tables)],
+            )
+            for n in out.new
+        ],
         "scheduled": [
             (
                 s.id,
                 s.start,
                 s.num_tokens,
+                s.sample,
                 list(s.new_token_ids),
                 [list(p) for p in s.new_pages],
                 list(s.table_edits),
@@ -47,6 +59,10 @@ def decision(out: SchedulerOutput) -> dict[str, Any]:
             for s in out.scheduled
         ],
     }
+
+
+def _digest(tokens: Sequence[int]) -> str:
+    return page_hash(b"", tokens).hex()
 
 
 def params_to_dict(params: SamplingParams) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import queue
 import random
+import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
 from llmtool.config import EngineConfig
@@ -22,6 +25,20 @@ from llmtool.runtime import engine_process
 from llmtool.runtime.parts import EngineInfo, Progress
 
 TORCH_FACTORY = "llmtool.runtime.executor:build_engine"
+
+
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: installed by something that is not Python
+                signal.signal(number, handler)
 
 
 class RequestStream:
@@ -101,8 +118,12 @@ class AsyncEngine:
         self._process = context.Process(
             target=engine_process.main, args=(theirs, config, factory), name="llmtool-engine", daemon=True
         )
-        self._process.start()
+        with _ignoring_interrupts():  # inherited: Ctrl-C during its imports is not the child's business
+            self._process.start()
         theirs.close()
+        # Writing has its own thread too: a full pipe to an engine in the middle of a step must not stop the loop.
+        self._commands: queue.SimpleQueue[engine_process.Command] = queue.SimpleQueue()
+        threading.Thread(target=self._write, name="llmtool-engine-writer", daemon=True).start()
         self._reader = threading.Thread(
             target=self._read, args=(self._connection,), name="llmtool-engine-reader", daemon=True
         )
@@ -162,10 +183,14 @@ class AsyncEngine:
                 "The server is shutting down.", "Send the request to another one.", retry_after=30.0
             )
         if request_id in self._streams or "/" in request_id:
-            raise RequestError(f"The request id {request_id!r} is in use or has a slash.", param="request_id")
-        if prompt and not (min(prompt) >= 0 and max(prompt) < self.info.vocab_size):
             raise RequestError(
-                f"The prompt has token ids outside 0 to {self.info.vocab_size - 1}.", param="prompt"
+                f"The request id {request_id!r} is in use, or has a slash, which ids may not.",
+                param="request_id",
+            )
+        if prompt and not (min(prompt) >= 0 and max(prompt) < self.info.vocab_size):
+            bad = min(prompt) if min(prompt) < 0 else max(prompt)
+            raise RequestError(
+                f"The prompt has token id {bad}; ids go from 0 to {self.info.vocab_size - 1}.", param="prompt"
             )
 
     def _abort(self, request_id: str, index: int | None) -> None:
@@ -173,14 +198,18 @@ class AsyncEngine:
             self._send(("abort", request_id, index))
 
     def _send(self, command: engine_process.Command) -> None:
-        try:
-            self._connection.send(command)
-        except OSError:  # the reader thread sees the same end and says why
-            return
+        self._commands.put(command)
 
-    async def reset_prefix_cache(self) -> None:
-        """Forget cached prefixes, unless something runs."""
-        self._send(("reset",))
+    def _write(self) -> None:
+        """The writer thread; ends with the close command."""
+        while True:
+            command = self._commands.get()
+            try:
+                self._connection.send(command)
+            except OSError:  # the reader thread sees the same end and says why
+                return
+            if command[0] == "close":
+                return
 
     # -- messages ------------------------------------------------------------------------------------------
 
@@ -200,6 +229,8 @@ class AsyncEngine:
             return
         self._process.join(timeout=10)
         code = self._process.exitcode
+        if self._closing:
+            failure = EngineDead("The engine is closed.")
         error = failure or EngineDead(
             f"The engine process ended unexpectedly (exit code {code}).", "Restart the server; see its log."
         )
@@ -295,7 +326,10 @@ class AsyncEngine:
         if self._closing:
             return
         self._closing = True
-        self._send(("close",))
+        if self._started.done():
+            self._send(("close",))
+        else:  # it is loading a model and would not hear
+            self._process.kill()
         await asyncio.to_thread(self._process.join, 10)
         if self._process.is_alive():
             self._process.kill()

@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llmtool.config import EngineConfig
 from llmtool.core.engine import Engine
@@ -23,12 +23,13 @@ from llmtool.core.ports import RealClock
 from llmtool.core.request import SequenceOutput
 from llmtool.core.scheduler import Scheduler
 from llmtool.core.steplog import StepLogWriter
-from llmtool.errors import EngineDead, LLMToolError
+from llmtool.errors import EngineDead, LLMToolError, UsageError
 from llmtool.runtime.parts import EngineParts
 
+QUIET = 5.0  # seconds without a request before the engine checks itself
 STATS_INTERVAL = 0.1  # seconds between snapshots while the engine is busy
 
-# ("add", id, prompt, params, priority, cache_salt, seed) | ("abort", id, index) | ("reset",) | ("close",)
+# ("add", id, prompt, params, priority, cache_salt, seed) | ("abort", id, index) | ("close",)
 Command = tuple[Any, ...]
 # ("progress", text, fraction) | ("ready", EngineInfo) | ("admitted", id) | ("refused", id, error)
 # | ("step", plain, outputs, num_tokens) | ("stats", EngineStats) | ("failed", error, traceback)
@@ -39,14 +40,13 @@ Message = tuple[Any, ...]
 def main(connection: Connection, config: EngineConfig, factory: str) -> None:
     """Entry of the process. factory: "module:function", an EngineFactory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also when the whole process group is told to stop
     log_file = None
     try:
         started = time.monotonic()
+        log_file = _open_log(config.step_log)  # before the model is loaded: a bad path should fail at once
         parts = _build(connection, config, factory)
         scheduler = _scheduler(parts, config)
-        if config.step_log is not None:
-            log_file = open(config.step_log, "w", encoding="utf-8")  # noqa: PTH123, SIM115
         log = StepLogWriter(log_file, scheduler) if log_file is not None else None
         engine = Engine(scheduler, parts.executor, RealClock(), log)
         seconds = time.monotonic() - started
@@ -62,6 +62,13 @@ def main(connection: Connection, config: EngineConfig, factory: str) -> None:
     finally:
         if log_file is not None:
             log_file.close()
+
+
+def _open_log(path: str | None) -> IO[str] | None:
+    try:
+        return None if path is None else Path(path).open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"The step log {path} cannot be written: {error.strerror}.") from None
 
 
 def _build(connection: Connection, config: EngineConfig, factory: str) -> EngineParts:
@@ -97,8 +104,9 @@ class _Loop:
     def run(self) -> None:
         while not self._closing:
             if not self._engine.has_work:
-                self._engine.scheduler.check()  # our own invariants, whenever there is time
                 self._send_stats()
+                if not self._connection.poll(QUIET):
+                    self._engine.scheduler.check()  # our own invariants, when nobody is kept waiting
                 self._handle(self._connection.recv())
             while self._connection.poll():
                 self._handle(self._connection.recv())
@@ -118,8 +126,6 @@ class _Loop:
                     self._connection.send(("admitted", request_id))
             case ("abort", request_id, index):
                 self._send(self._engine.abort(request_id, index), 0)
-            case ("reset",):
-                self._engine.scheduler.allocator.reset_cache()
             case ("close",):
                 self._closing = True
             case _:

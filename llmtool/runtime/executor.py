@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -113,21 +113,27 @@ class TorchExecutor:
         for new in out.new:
             self._add(new)
         outcome = _Outcome()
-        scheduled = self._runnable(out.scheduled, outcome)
-        if scheduled:
-            self._execute(scheduled, outcome)
+        self._note_tokens(out.scheduled, outcome)
+        if out.scheduled:
+            self._execute(out.scheduled, outcome)
         tokens = [[outcome.tokens[e.id]] if e.id in outcome.tokens else [] for e in out.scheduled]
         return StepResult(out.step_id, tokens, outcome.logprobs, outcome.prompt_logprobs, outcome.errors)
 
     def _add(self, new: NewRequest) -> None:
         self._forget(new.id)
-        try:
-            self._check_tokens(new.token_ids)
-            matcher = self._matcher(new)
-        except LLMToolError as error:
-            self._failed[new.id] = error.message
-            return
+        # Even a sequence that fails computes its KV: others may have found its pages in the prefix cache already.
+        matcher, problem = None, self._wrong_token(new.token_ids)
+        if problem:
+            new = replace(new, token_ids=[0] * len(new.token_ids))
+        else:
+            try:
+                matcher = self._matcher(new)
+            except LLMToolError as error:
+                problem = error.message
         row = self._sequences.add(new)
+        if problem:
+            self._failed[new.id] = problem
+            return
         params = new.params
         if self._sequences.capacity > len(self._sampling.features):
             self._sampling.grow(self._sequences.capacity)
@@ -151,9 +157,8 @@ class TorchExecutor:
             for table in (self._matchers, self._logprobs, self._prompt_logprobs):
                 table.pop(row, None)
 
-    def _runnable(self, scheduled: Sequence[ScheduledRequest], outcome: _Outcome) -> list[ScheduledRequest]:
-        """Apply the deltas to penalties and grammars; returns what can be run, the rest goes to the errors."""
-        runnable = []
+    def _note_tokens(self, scheduled: Sequence[ScheduledRequest], outcome: _Outcome) -> None:
+        """Apply the deltas to penalties and grammars; sequences that fail by it go to the errors."""
         for entry in scheduled:
             problem = self._failed.get(entry.id, "")
             if not problem and entry.new_token_ids:
@@ -163,9 +168,6 @@ class TorchExecutor:
                     problem = accept(self._matchers[row], entry.new_token_ids)
             if problem:
                 outcome.errors[entry.id] = problem
-            else:
-                runnable.append(entry)
-        return runnable
 
     def _execute(self, scheduled: list[ScheduledRequest], outcome: _Outcome) -> None:
         rows = self._sequences.apply(scheduled)
@@ -175,7 +177,7 @@ class TorchExecutor:
         hidden = self.model.forward(inputs.input_ids, inputs.positions, kv)  # [N, hidden]
         if self._prompt_logprobs:
             self._score_prompts(scheduled, inputs, hidden, outcome)
-        which = np.flatnonzero([entry.sample for entry in scheduled])
+        which = np.flatnonzero([e.sample and e.id not in outcome.errors for e in scheduled])
         if len(which):
             last = torch.from_numpy(inputs.ends[which] - 1).to(hidden.device)
             logits = self.model.logits(hidden[last])  # [S, V]
@@ -248,12 +250,12 @@ class TorchExecutor:
         broken = {i: why_stopped(m) for i, m in zip(at, matchers, strict=True) if m.is_error()}
         return GrammarMask(np.array(at, np.int64), words), broken
 
-    def _check_tokens(self, tokens: Sequence[int]) -> None:
+    def _wrong_token(self, tokens: Sequence[int]) -> str:
         vocab_size = self.model.spec.vocab_size
         low, high = min(tokens), max(tokens)
-        if low < 0 or high >= vocab_size:
-            bad = low if low < 0 else high
-            raise RequestError(f"Token id {bad} is not in the model's vocabulary of {vocab_size}.")
+        if low >= 0 and high < vocab_size:
+            return ""
+        return f"Token id {low if low < 0 else high} is not in the model's vocabulary of {vocab_size}."
 
 
 def _why_not(peak: float, position: int) -> str:
@@ -318,6 +320,7 @@ def _describe(
         eos_token_ids=eos_token_ids,
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_waiting=scheduler.max_waiting,
         num_pages=store.num_pages,
         tokens_per_page=store.group.tokens_per_page,
         page_bytes=store.group.page_bytes,

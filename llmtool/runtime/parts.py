@@ -31,6 +31,7 @@ class EngineInfo:
     eos_token_ids: tuple[int, ...]
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_waiting: int
     num_pages: int
     tokens_per_page: int
     page_bytes: int

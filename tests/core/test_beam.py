@@ -93,6 +93,31 @@ def test_abort_and_failure_end_all_answers() -> None:
         assert engine.scheduler.allocator.usage()[0] == 0
 
 
+def test_no_beam_ends_before_min_tokens() -> None:
+    eos = {3, 11, 40, 41, 42}
+    params = SamplingParams(max_tokens=9, min_tokens=5, n=3, temperature=0.0, beam=BeamParams(3))
+    for i in range(8):
+        engine = make_engine(400, max_num_batched_tokens=32, eos=sorted(eos))
+        engine.add("r", [i + 1] * 5, params)
+        for output in engine.run_trace([]):
+            assert not eos & set(output.token_ids[:4])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": 0.7},
+        {"top_k": 3},
+        {"repetition_penalty": 1.2},
+        {"logit_bias": {1: 5.0}},
+        {"logprobs": 1},
+    ],
+)
+def test_parameters_that_a_beam_search_would_ignore_are_refused(change: dict) -> None:
+    with pytest.raises(RequestError, match="beam search takes no"):
+        SamplingParams(**{"temperature": 0.0, "beam": BeamParams(2)} | change)
+
+
 def test_more_beams_than_seats_are_refused() -> None:
     engine = make_engine(max_num_seqs=2)
     with pytest.raises(RequestError, match="3 beams"):

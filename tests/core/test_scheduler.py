@@ -133,6 +133,75 @@ def test_priority_order_and_displacement() -> None:
     assert answers[("high", 0)] == expected([3], 2)
 
 
+def test_priority_preempts_only_where_it_helps() -> None:
+    # 10 pages of 4: "old" of the same priority holds 7, so displacing "low" (2) cannot seat 20 tokens (5).
+    engine = make_engine(10, max_num_seqs=8, max_num_batched_tokens=64, policy="priority")
+    engine.add("old", [1] * 26, SamplingParams(max_tokens=2), priority=0)
+    engine.step()
+    engine.add("low", [2] * 4, SamplingParams(max_tokens=4), priority=5)
+    engine.step()
+    assert engine.stats.num_running == 1 or engine.stats.preemptions == 0
+    engine.add("high", [3] * 20, SamplingParams(max_tokens=2), priority=0)
+    collect(engine)
+    assert engine.stats.preemptions == 0
+
+
+def test_a_shared_prefix_needs_no_displacement() -> None:
+    engine = make_engine(24, max_num_batched_tokens=64, policy="priority", max_model_len=80)
+    shared = list(range(40))
+    engine.add("low1", [*shared, 1], SamplingParams(max_tokens=8), priority=5)
+    engine.add("low2", [*shared, 2], SamplingParams(max_tokens=8), priority=5)
+    engine.step()
+    engine.add("high", [*shared, 3], SamplingParams(max_tokens=2), priority=0)
+    collect(engine)
+    assert engine.stats.preemptions == 0, "nine of its ten pages are there already"
+
+
+def test_never_fitting_goes_before_a_full_queue_and_answers_count() -> None:
+    engine = make_engine(8, tokens_per_page=4, max_num_seqs=1, max_waiting=2)
+    for i in range(3):
+        engine.add(f"r{i}", [1], SamplingParams(max_tokens=2))
+    with pytest.raises(RequestTooLong):
+        engine.add("long", [1] * 40, SamplingParams(max_tokens=2))
+    collect(engine)
+    with pytest.raises(QueueFull, match="4 more are asked for, and the limit is 3"):
+        engine.add("many", [1], SamplingParams(max_tokens=2, n=4, temperature=1.0))
+
+
+def test_the_same_id_may_come_again_at_once() -> None:
+    engine = make_engine()
+    for _ in range(3):
+        engine.add("r", [1, 2], SamplingParams(max_tokens=2))
+        engine.abort("r")
+    engine.add("r", [1, 2], SamplingParams(max_tokens=2))
+    assert collect(engine) == {("r", 0): expected([1, 2], 2)}
+
+
+def test_the_peak_counts_pages_of_requests_that_end_in_their_first_step() -> None:
+    engine = make_engine(max_num_batched_tokens=64)
+    engine.add("r", [1] * 37, SamplingParams(max_tokens=1))
+    collect(engine)
+    assert engine.stats.pages_peak == 10
+
+
+def test_a_failing_sequence_does_not_empty_the_shared_cache() -> None:
+    engine = make_engine(max_num_batched_tokens=64)
+    shared = list(range(40))
+    engine.add("a", shared, SamplingParams(max_tokens=1))
+    collect(engine)
+    engine.executor.failing.add("bad")  # type: ignore[attr-defined]
+    engine.add("bad", [*shared, 1], SamplingParams(max_tokens=1))
+    collect(engine)
+    engine.add("b", [*shared, 2], SamplingParams(max_tokens=1))
+    assert [o.num_cached_tokens for o in engine.run_trace([])] == [40]
+
+
+def test_a_one_token_prompt_has_prompt_logprobs() -> None:
+    engine = make_engine()
+    engine.add("r", [1], SamplingParams(max_tokens=1, prompt_logprobs=0))
+    assert [o.prompt_logprobs for o in engine.run_trace([])] == [[None]]
+
+
 def test_what_can_never_fit_is_refused_at_once() -> None:
     engine = make_engine(8, tokens_per_page=4, max_model_len=64)  # 32 tokens of KV
     with pytest.raises(RequestTooLong, match="32 tokens"):

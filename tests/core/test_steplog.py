@@ -2,12 +2,21 @@
 
 import json
 import random
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llmtool.core.engine import Engine
-from llmtool.core.ports import Clock, RealClock, VirtualClock
+from llmtool.core.engine import Arrival, Engine
+from llmtool.core.ports import (
+    Clock,
+    NewRequest,
+    RealClock,
+    ScheduledRequest,
+    SchedulerOutput,
+    VirtualClock,
+)
 from llmtool.core.request import BeamParams, Grammar, SamplingParams
 from llmtool.core.steplog import StepLogWriter, decision, params_from_dict, params_to_dict, read_rows, replay
 from llmtool.errors import UsageError
@@ -58,6 +67,32 @@ def test_replay_notices_a_different_policy(tmp_path: Path) -> None:
     rows[0]["config"]["max_num_batched_tokens"] += 1
     path.write_text("\n".join(map(json.dumps, rows)))
     assert replay(path).mismatch is not None
+
+
+def test_decisions_are_compared_whole() -> None:
+    new = NewRequest("r", [1, 2], 2, SamplingParams(), 7, [[0]])
+    entry = ScheduledRequest("r", 0, 2, True)
+    base = decision(SchedulerOutput(1, new=[new], scheduled=[entry]))
+    others = [
+        SchedulerOutput(1, new=[replace(new, **change)], scheduled=[entry])
+        for change in (
+            {"token_ids": [1, 3]},
+            {"num_prompt_tokens": 1},
+            {"seed": 8},
+            {"params": SamplingParams(top_k=3)},
+            {"tables": [[720]]},
+        )
+    ]
+    others.append(SchedulerOutput(1, new=[new], scheduled=[replace(entry, sample=False)]))
+    assert all(decision(other) != base for other in others)
+
+
+def test_a_timed_trace_runs_on_the_real_clock() -> None:
+    engine = make_engine(clock=RealClock())
+    started = time.monotonic()
+    arrivals = [Arrival(0.05 * i, f"r{i}", [i], SamplingParams(max_tokens=2)) for i in range(3)]
+    assert sum(o.finish_reason is not None for o in engine.run_trace(arrivals)) == 3
+    assert time.monotonic() - started >= 0.1, "it waited for the last arrival"
 
 
 def test_both_clocks_give_the_same_steps() -> None:

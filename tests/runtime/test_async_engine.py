@@ -13,7 +13,7 @@ from llmtool.config import EngineConfig
 from llmtool.core.admission import sibling_seed
 from llmtool.core.request import BeamParams, FinishReason, SamplingParams
 from llmtool.core.steplog import replay
-from llmtool.errors import EngineDead, ModelError, QueueFull, RequestError, RequestTooLong
+from llmtool.errors import EngineDead, ModelError, QueueFull, RequestError, RequestTooLong, UsageError
 from llmtool.runtime.async_engine import AsyncEngine, RequestStream
 from tests.support.core import expected
 
@@ -119,6 +119,47 @@ def test_refusals_come_at_once_and_by_name() -> None:
     run(body)
 
 
+def test_the_event_loop_never_waits_for_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("TEST_ENGINE_GATE", str(gate))
+
+    async def body() -> None:
+        async with started(max_model_len=50_000, kv_cache_memory_bytes=2**24) as engine:
+            stuck = await engine.add("stuck", [94], SamplingParams(max_tokens=1))
+            # Megabytes of prompts, more than a pipe holds, while the engine sits in a step and reads nothing.
+            adds = [
+                asyncio.create_task(engine.add(f"r{i}", [1] * 20_000, SamplingParams(max_tokens=1)))
+                for i in range(40)
+            ]
+            await asyncio.sleep(0.1)
+            gate.touch()  # were the loop stuck in a write, nobody would open the gate
+            assert len((await tokens_of(stuck))[0]) == 1
+            for stream in await asyncio.gather(*adds):
+                stream.abort()
+
+    run(body)
+
+
+def test_a_cancelled_add_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = tmp_path / "gate"
+    monkeypatch.setenv("TEST_ENGINE_GATE", str(gate))
+
+    async def body() -> None:
+        async with started() as engine:
+            stuck = await engine.add("stuck", [94], SamplingParams(max_tokens=1))
+            add = asyncio.create_task(engine.add("r", [1], SamplingParams(max_tokens=100)))
+            await asyncio.sleep(0.05)
+            add.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await add
+            gate.touch()
+            await tokens_of(stuck)
+            assert await engine.drain(30), "the cancelled request was aborted, not run to its end"
+            assert engine.stats.generation_tokens < 100
+
+    run(body)
+
+
 def test_abort_and_cancel_free_the_pages() -> None:
     async def body() -> None:
         async with started(max_num_seqs=4) as engine:
@@ -176,6 +217,27 @@ def test_a_model_that_cannot_be_loaded() -> None:
         with pytest.raises(ModelError, match="no model 'missing'") as caught:
             await AsyncEngine.start(EngineConfig(model="missing"), factory=FACTORY)
         assert caught.value.remedy == "Give another one."
+
+    run(body)
+
+
+def test_closing_is_not_dying() -> None:
+    async def body() -> None:
+        async with started() as engine:
+            pass
+        for _ in range(200):
+            if engine.dead is not None:
+                break
+            await asyncio.sleep(0.01)
+        assert str(engine.dead) == "The engine is closed."
+
+    run(body)
+
+
+def test_a_step_log_that_cannot_be_written() -> None:
+    async def body() -> None:
+        with pytest.raises(UsageError, match=r"/nowhere/x.jsonl cannot be written: No such file"):
+            await AsyncEngine.start(EngineConfig(step_log="/nowhere/x.jsonl"), factory=FACTORY)
 
     run(body)
 

@@ -16,7 +16,7 @@ from llmtool.core.admission import sibling_seed
 from llmtool.core.engine import Engine
 from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import RealClock, VirtualClock
-from llmtool.core.request import BeamParams, FinishReason, SamplingParams, SequenceOutput
+from llmtool.core.request import BeamParams, FinishReason, Grammar, SamplingParams, SequenceOutput
 from llmtool.core.scheduler import Scheduler
 from llmtool.core.steplog import StepLogWriter, replay
 from tests.runtime.tiny import EOS, MAX_LEN, Script, TinyModel, random_prompts
@@ -222,6 +222,24 @@ def test_aborts_at_any_moment_leave_the_others_alone(tiny: TinyModel) -> None:
         expected = tiny.greedy(prompt, 25)
         tokens = collector.tokens.get((str(i), 0), [])
         assert tokens == (expected if i in alive else expected[: len(tokens)])
+
+
+def test_a_failing_sequence_does_not_spoil_pages_that_others_share(tiny: TinyModel) -> None:
+    (prompt,) = random_prompts(1, 3, low=20, high=20)
+    engine = make_engine(tiny, budget=64)
+    collector = Collector(engine)
+    # It fails before its first token, in the very step in which "good" and "later" find its pages in the cache.
+    refused = SamplingParams(temperature=0, max_tokens=4, grammar=Grammar("regex", "(("))
+    engine.add("bad", prompt, refused)
+    engine.add("good", prompt, SamplingParams(temperature=0, max_tokens=8))
+    while engine.has_work:
+        collector.step()
+    engine.add("later", prompt, SamplingParams(temperature=0, max_tokens=8))
+    while engine.has_work:
+        collector.step()
+    assert collector.last["bad", 0].finish_reason == FinishReason.ERROR
+    assert collector.tokens["good", 0] == collector.tokens["later", 0] == tiny.greedy(prompt, 8)
+    assert collector.last["later", 0].num_cached_tokens == 16
 
 
 @pytest.mark.parametrize("condition", ["recompute", "swap"])

@@ -245,7 +245,7 @@ def test_beams_report_their_candidates(tiny: TinyModel) -> None:
     (prompt,) = random_prompts(1, 43)
     beam = BeamParams(3)
     script = Script(tiny.executor())
-    script.add("a", prompt, SamplingParams(temperature=0, beam=beam, repetition_penalty=2.0))
+    script.add("a", prompt, SamplingParams(temperature=0, beam=beam))
     result = script.step({"a": len(prompt)})
     best = tiny.logprobs(prompt)[-1].topk(beam.candidates)
     assert [t for t, _ in result.logprobs["a"][0].top] == best.indices.tolist()

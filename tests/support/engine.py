@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 from llmtool.config import EngineConfig
 from llmtool.core.ports import SchedulerOutput
@@ -13,10 +14,12 @@ from llmtool.runtime.parts import EngineInfo, EngineParts, Progress
 from tests.support.core import VOCAB, MemoryExecutor, group
 
 STEP_SECONDS = 0.002
+GATE = "TEST_ENGINE_GATE"
 
 
 class PacedExecutor(MemoryExecutor):
-    """Takes a little real time per step. Token 96 first in a prompt kills the process; 95 fails the engine."""
+    """Takes a little real time per step. Token 96 first in a prompt kills the process; 95 fails the engine; 94
+    makes it wait for the file that TEST_ENGINE_GATE names."""
 
     def submit(self, out: SchedulerOutput) -> None:
         for new in out.new:
@@ -24,6 +27,8 @@ class PacedExecutor(MemoryExecutor):
                 os._exit(9)
             if new.token_ids[0] == 95:
                 raise RuntimeError("this executor is broken")
+            while new.token_ids[0] == 94 and not Path(os.environ[GATE]).exists():
+                time.sleep(0.01)
         time.sleep(STEP_SECONDS)
         super().submit(out)
 
@@ -45,6 +50,7 @@ def build(config: EngineConfig, progress: Progress) -> EngineParts:
         eos_token_ids=(),
         max_num_seqs=scheduler.max_num_seqs,
         max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_waiting=scheduler.max_waiting,
         num_pages=pages,
         tokens_per_page=group().tokens_per_page,
         page_bytes=group().page_bytes,

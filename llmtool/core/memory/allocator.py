@@ -62,16 +62,16 @@ class KVAllocator(Protocol):
         """Pages that a request could get now: free ones and unreferenced cached ones."""
         ...
 
-    def fits_ever(self, num_tokens: int) -> bool:
-        """Could one sequence of `num_tokens` tokens run alone?"""
-        ...
-
     def max_tokens(self) -> int:
         """Tokens of the longest sequence that could run alone."""
         ...
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that a fresh sequence of `num_tokens` tokens takes."""
+        ...
+
+    def would_free(self, seq: str) -> int:
+        """Pages that become available when this sequence gives up its own."""
         ...
 
     def begin(
@@ -126,9 +126,8 @@ class KVAllocator(Protocol):
         """Give all pages back; full ones stay cached while nobody needs them. `begin` starts anew."""
         ...
 
-    def end(self, seq: str, keep: bool = True) -> None:
-        """The sequence is over, wherever its KV lies. keep=False: what it computed is bad, let nobody
-        find it in the prefix cache."""
+    def end(self, seq: str) -> None:
+        """The sequence is over, wherever its KV lies. Its full pages stay in the prefix cache."""
         ...
 
     def reset_cache(self) -> bool:

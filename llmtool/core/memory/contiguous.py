@@ -83,11 +83,11 @@ class ContiguousAllocator:
     def pages_for(self, num_tokens: int) -> int:
         return 0
 
-    def fits_ever(self, num_tokens: int) -> bool:
-        return _Buddy(self._tokens).fits(num_tokens)
-
     def max_tokens(self) -> int:
         return 1 << (self._tokens.bit_length() - 1)
+
+    def would_free(self, seq: str) -> int:
+        return self._chunks[seq].reserved
 
     def begin(
         self,
@@ -140,7 +140,7 @@ class ContiguousAllocator:
     def preempt(self, seq: str) -> None:
         self.end(seq)
 
-    def end(self, seq: str, keep: bool = True) -> None:
+    def end(self, seq: str) -> None:
         chunk = self._chunks.pop(seq, None)
         if chunk is not None:
             self._buddy.give(chunk.at, chunk.reserved)

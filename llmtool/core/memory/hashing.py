@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 def root_hash(salt: str) -> bytes:
     """The chain's start. Requests with different salts (tenants, adapters) never share a page."""
-    return blake2b(salt.encode(), digest_size=16, person=b"llmtool-kv").digest()
+    return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16, person=b"llmtool-kv").digest()
 
 
 def page_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:

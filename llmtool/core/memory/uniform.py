@@ -65,11 +65,11 @@ class UniformAllocator:
     def pages_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._tokens_per_page)
 
-    def fits_ever(self, num_tokens: int) -> bool:
-        return self.pages_for(num_tokens) <= self.num_pages
-
     def max_tokens(self) -> int:
         return self.num_pages * self._tokens_per_page
+
+    def would_free(self, seq: str) -> int:
+        return sum(self._refs[page] == 1 for page in self._seqs[seq].pages)
 
     def table(self, seq: str) -> tuple[tuple[int, ...], ...]:
         units = self._units
@@ -252,20 +252,18 @@ class UniformAllocator:
         return (len(state.pages),)
 
     def preempt(self, seq: str) -> None:
-        self._drop(self._seqs.pop(seq), keep=True)
+        self._drop(self._seqs.pop(seq))
 
-    def end(self, seq: str, keep: bool = True) -> None:
+    def end(self, seq: str) -> None:
         state = self._seqs.pop(seq, None)
         if state is not None:
-            self._drop(state, keep)
+            self._drop(state)
 
-    def _drop(self, state: _Sequence, keep: bool) -> None:
+    def _drop(self, state: _Sequence) -> None:
         if state.host is not None:
             self._host_free.extend(reversed(state.host))
         for index in range(len(state.pages) - 1, -1, -1):
             page = state.pages[index]
-            if not keep and self._refs[page] == 1 and self._hash_of[page] is not None:
-                self._unhash(page)
             if index in state.shadow:
                 self._release(state.shadow[index])
             self._release(page)
@@ -280,7 +278,7 @@ class UniformAllocator:
         host = [self._host_free.pop() for _ in state.pages]
         units = self._units
         copies = [PageCopy(page * units, slot * units) for page, slot in zip(state.pages, host, strict=True)]
-        self._drop(state, keep=True)
+        self._drop(state)
         state.pages, state.shadow, state.host = [], {}, host
         return copies
 
