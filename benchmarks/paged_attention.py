@@ -1,6 +1,6 @@
 """PagedAttention's headline on the virtual clock: the same scheduler over paged and over contiguous KV memory.
 
-python benchmarks/paged_attention.py [--requests 1000]
+python benchmarks/paged_attention.py [--requests 1500]
 
 Setting of the paper's main experiment (2309.06180, table 1 and section 6.2): OPT-13B on one A100 of 40 GB, 12 GB
 of KV memory = 15.7k slots, 2,048 tokens at most. Lengths follow lognormal laws with the paper's means: chat-like
@@ -131,7 +131,7 @@ def sharing(workload: str, n: int, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=1500)
     args = parser.parse_args()
     rows = []
     for workload in WORKLOADS:
@@ -153,7 +153,10 @@ def main() -> None:
         for n in (2, 4, 6)
     ]
     print(saved)
-    save("paged_attention", {"simulated": True, "rows": rows, "parallel_sampling_sharing": saved})
+    save(
+        "paged_attention",
+        {"simulated": True, "requests": args.requests, "rows": rows, "parallel_sampling_sharing": saved},
+    )
 
 
 if __name__ == "__main__":

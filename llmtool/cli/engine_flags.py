@@ -17,8 +17,8 @@ ModelArg = Annotated[
 _panel = "Engine"
 
 
-def _option(name: str, text: str) -> Any:
-    return typer.Option(name, help=text, rich_help_panel=_panel)
+def _option(name: str, text: str, *aliases: str) -> Any:
+    return typer.Option(name, *aliases, help=text, rich_help_panel=_panel)
 
 
 Dtype = Annotated[str | None, _option("--dtype", "auto, float32, bfloat16 or float16.")]
@@ -35,7 +35,12 @@ MemoryUtilization = Annotated[
     float | None, _option("--gpu-memory-utilization", "Part of the device memory to use, 0 to 1.")
 ]
 KVCacheMemory = Annotated[
-    str | None, _option("--kv-cache-memory", "KV memory, for example 2GiB; overrides the utilization.")
+    str | None,
+    _option(
+        "--kv-cache-memory",
+        "KV memory, for example 2GiB; overrides the utilization.",
+        "--kv-cache-memory-bytes",
+    ),
 ]
 SwapSpace = Annotated[str | None, _option("--swap-space", "Host memory for swapped pages, for example 1GiB.")]
 Preemption = Annotated[str | None, _option("--preemption", "recompute or swap, when pages run out.")]

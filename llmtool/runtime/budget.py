@@ -52,18 +52,21 @@ def kv_budget(
         raise InfeasibleError(
             f"{_size(room)} for KV pages is {num_pages} pages of {_size(group.page_bytes)}, not even one for each "
             f"of {config.max_num_seqs} sequences.",
-            "Lower --max-num-seqs, or give more with --kv-cache-memory-bytes.",
+            "Lower --max-num-seqs, or give more with --kv-cache-memory.",
         )
     if fits < length and config.max_model_len is not None:
         raise InfeasibleError(
             f"One sequence of {length} tokens needs {_size(group.pages(length) * group.page_bytes)} of KV pages, "
             f"and there are {_size(num_pages * group.page_bytes)}.",
-            f"Set --max-model-len to {fits} or less, or give more with --kv-cache-memory-bytes.",
+            f"Set --max-model-len to {fits} or less, or give more with --kv-cache-memory.",
         )
-    if config.swap_space_bytes > host_free:
+    # On a CPU pages, swapped pages and activations share one memory.
+    spare = host_free - (num_pages * group.page_bytes + activation_bytes if on_cpu else 0)
+    if config.swap_space_bytes > max(0, spare):
         raise InfeasibleError(
-            f"swap_space_bytes is {_size(config.swap_space_bytes)}, and {_size(host_free)} of memory are free.",
-            "Lower --swap-space-bytes.",
+            f"swap_space_bytes is {_size(config.swap_space_bytes)}, and {_size(max(0, spare))} of memory are left "
+            f"for it.",
+            "Lower --swap-space or --kv-cache-memory.",
         )
     return KVBudget(num_pages, config.swap_space_bytes // group.page_bytes, min(length, fits))
 
@@ -93,10 +96,11 @@ def _kv_bytes(
 ) -> int:
     given = config.kv_cache_memory_bytes
     if given is not None:
-        if given > memory.free:
+        if given + activation_bytes > memory.free:
             raise InfeasibleError(
-                f"kv_cache_memory_bytes is {_size(given)}, and {_size(memory.free)} of memory are free.",
-                "Lower --kv-cache-memory-bytes.",
+                f"kv_cache_memory_bytes is {_size(given)} and a step needs {_size(activation_bytes)}, but "
+                f"{_size(memory.free)} of memory are free.",
+                "Lower --kv-cache-memory.",
             )
         return given
     if on_cpu:

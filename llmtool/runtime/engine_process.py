@@ -27,6 +27,7 @@ from llmtool.errors import EngineDead, LLMToolError, UsageError
 from llmtool.runtime.parts import EngineParts
 
 QUIET = 5.0  # seconds without a request before the engine checks itself
+COMMANDS_PER_STEP = 256
 STATS_INTERVAL = 0.1  # seconds between snapshots while the engine is busy
 
 # ("add", id, prompt, params, priority, cache_salt, seed) | ("abort", id, index) | ("close",)
@@ -108,7 +109,9 @@ class _Loop:
                 if not self._connection.poll(QUIET):
                     self._engine.scheduler.check()  # our own invariants, when nobody is kept waiting
                 self._handle(self._connection.recv())
-            while self._connection.poll():
+            for _ in range(COMMANDS_PER_STEP):  # a flood of new requests must not starve the running ones
+                if not self._connection.poll():
+                    break
                 self._handle(self._connection.recv())
             if self._engine.has_work:
                 self._step()
