@@ -149,7 +149,8 @@ class BenchConfig:
             raise UsageError(f"metric_percentiles must be between 0 and 100, not {self.metric_percentiles}.")
         if self.load.search_knee and not self.slos:
             raise UsageError(
-                "A knee search needs objectives to hold.", "For example --goodput ttft:500 tpot:100."
+                "A knee search needs objectives to hold.",
+                "For example --goodput ttft:500 --goodput tpot:100.",
             )
 
     @property

@@ -38,7 +38,7 @@ async def connect(config: BenchConfig, api_key: str | None = None) -> tuple[Benc
     names = await served_models(url, api_key)
     if config.model is None:
         if not names:
-            raise LLMToolError(f"{config.url} serves no model.", "Give one with --model.")
+            raise LLMToolError(f"{config.url} serves no model.", "Name one: llmtool bench MODEL --url ...")
         config = replace(config, model=names[0])
     elif names and config.model not in names:
         raise UsageError(f"{config.url} does not serve {config.model!r}.", f"It serves {', '.join(names)}.")

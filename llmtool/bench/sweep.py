@@ -7,6 +7,7 @@ run; the search brackets the knee and then bisects on a logarithmic scale.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from llmtool.bench.config import LoadConfig
 from llmtool.bench.result import RunResult
 
 Measure = Callable[[float], Awaitable[RunResult]]
+KEPT_UP = 0.9  # of the offered rate: completing less than this is falling behind
 FIRST_SHARE = 0.75  # of the capacity: where the search starts
 UP, DOWN = 1.5, 0.5
 
@@ -35,8 +37,22 @@ class Knee:
         return asdict(self)
 
 
-def holds(metrics: Mapping[str, Any], slo_attainment: float) -> bool:
-    """Enough requests meet every per-request SLO, every percentile SLO is met, and few enough fail."""
+def achieved_rate(metrics: Mapping[str, Any]) -> float:
+    """Requests/s completed, without the run's tail: a server that keeps up still needs the last request's own time
+    after it was sent. That time is taken from the first quarter of the requests, before a queue can have built up.
+    """
+    duration, e2els = metrics.get("duration") or 0.0, metrics.get("e2els") or []
+    early = [e for e in e2els[: max(1, len(e2els) // 4)] if e > 0]
+    own = statistics.median(early) if early else 0.0
+    # All sent and answered within one request's own time: nothing fell behind.
+    return float(metrics["completed"] / (duration - own)) if duration > own else math.inf
+
+
+def holds(metrics: Mapping[str, Any], slo_attainment: float, rate: float = math.inf) -> bool:
+    """Enough requests meet every per-request SLO, every percentile SLO is met, few enough fail, and the server
+    keeps up with `rate` requests/s (a short run can meet every objective while a queue builds up)."""
+    if math.isfinite(rate) and achieved_rate(metrics) < KEPT_UP * rate:
+        return False
     total = metrics["completed"] + metrics["failed"]
     if not total or metrics["completed"] < slo_attainment * total:
         return False
@@ -65,7 +81,7 @@ async def find_knee(measure: Measure, load: LoadConfig) -> tuple[list[RunResult]
     while len(runs) < load.knee_max_runs:
         run = await measure(rate)
         runs.append(run)
-        if holds(run.metrics, load.slo_attainment):
+        if holds(run.metrics, load.slo_attainment, rate):
             low = rate
         else:
             high = rate

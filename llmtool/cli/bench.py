@@ -43,7 +43,9 @@ def bench(
     label: Annotated[str | None, typer.Option(help="What to call this run in reports.")] = None,
     dataset_name: Annotated[
         str | None,
-        _flag(_data, "random, prefix_repetition, copy, sharegpt, custom, azure, burstgpt or mooncake."),
+        _flag(
+            _data, "random, prefix_repetition, copy, sharegpt, custom, azure, burstgpt, lengths or mooncake."
+        ),
     ] = None,
     dataset_path: Annotated[str | None, _flag(_data, "File of sharegpt, custom and timed traces.")] = None,
     num_prompts: Annotated[int | None, _flag(_data, "Requests to send (default 100).")] = None,
@@ -55,6 +57,8 @@ def bench(
     prefix_repetition_suffix_len: Annotated[int | None, _flag(_data, "Tokens after it (256).")] = None,
     prefix_repetition_num_prefixes: Annotated[int | None, _flag(_data, "Different prefixes (10).")] = None,
     prefix_repetition_output_len: Annotated[int | None, _flag(_data, "Output tokens (128).")] = None,
+    copy_passage_len: Annotated[int | None, _flag(_data, "Tokens to copy (160).")] = None,
+    copy_output_len: Annotated[int | None, _flag(_data, "Output tokens (128).")] = None,
     output_len: Annotated[int | None, _flag(_data, "Output tokens, whatever the file says.")] = None,
     trace_block_size: Annotated[int | None, _flag(_data, "Tokens per Mooncake hash id (512).")] = None,
     request_rate: Annotated[
@@ -75,6 +79,9 @@ def bench(
     slo_attainment: Annotated[
         float | None, _flag(_load, "Part of the requests that must hold it (0.9).")
     ] = None,
+    knee_min_rate: Annotated[float | None, _flag(_load, "Lowest rate of the search (0.5).")] = None,
+    knee_max_rate: Annotated[float | None, _flag(_load, "Highest rate of the search (256).")] = None,
+    knee_max_runs: Annotated[int | None, _flag(_load, "Runs that the search may make (12).")] = None,
     goodput: Annotated[
         list[str] | None, _flag(_ask, "An objective, as ttft:200, tpot:50 (ms) or ttft:p99:500; repeatable.")
     ] = None,

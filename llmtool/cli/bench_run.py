@@ -157,12 +157,13 @@ def _show_sweep(result: BenchResult, output: Output) -> None:
     title = f"{result.model} — {result.backend} (latencies in ms)"
     output.table(title, (*columns, "goodput") if goodput else columns, rows)
     if result.knee is not None:
-        rate = result.knee.get("rate")
+        rate = result.knee.get("request_rate")
         output.line(
             "No rate held the objectives."
             if rate is None
             else f"Highest rate that held: {rate:.3g} requests/s"
         )
+        output.hint(f"Search ended: {result.knee.get('reason', '')}")
 
 
 def _ms(value: Any) -> str:

@@ -36,7 +36,8 @@ class Server:
 
     async def measure(self, rate: float) -> RunResult:
         self.rates.append(rate)
-        values = metrics(met=rate <= self.knee) | {"request_throughput": min(rate, self.capacity)}
+        done = min(rate, self.capacity)
+        values = metrics(met=rate <= self.knee) | {"request_throughput": done, "duration": 100 / done}
         return RunResult(rate, values)
 
 
@@ -61,7 +62,7 @@ def test_nothing_holds() -> None:
 
 
 def test_everything_holds() -> None:
-    _, found = asyncio.run(find_knee(Server(1e9, 50.0).measure, LoadConfig(knee_max_rate=64.0)))
+    _, found = asyncio.run(find_knee(Server(1e9, 80.0).measure, LoadConfig(knee_max_rate=64.0)))
     assert found.request_rate == 64.0
     assert found.above is None
     assert "highest rate" in found.reason
@@ -80,6 +81,25 @@ def test_holds() -> None:
     assert not holds(metrics(completed=80, failed=20), 0.9)
     assert not holds(metrics(completed=0), 0.9)
     assert holds(metrics(attained=None), 0.9)
+
+
+def test_a_server_that_falls_behind_does_not_hold() -> None:
+    """A queue served at 5/s, each request 0.5 s on its own, 100 sent at a constant rate: offline arithmetic."""
+
+    def run(rate: float) -> dict[str, Any]:
+        free, e2els = 0.0, []
+        for i in range(100):
+            sent = i / rate
+            free = max(free, sent) + 0.2
+            e2els.append(free - sent + 0.3)
+        return metrics() | {"duration": 99 / rate + e2els[-1], "e2els": e2els}
+
+    assert holds(run(4.5), 0.9, 4.5)
+    assert not holds(run(6.0), 0.9, 6.0)
+    assert not holds(run(10.0), 0.9, 10.0)
+    assert holds(run(10.0), 0.9)  # all objectives alone would say yes
+    # Shorter than one request's own time: the tail is no sign of a queue.
+    assert holds(metrics() | {"duration": 2.1, "e2els": [2.0] * 100}, 0.9, 100.0)
 
 
 def test_sweep_measures_each_rate_once_in_order() -> None:
