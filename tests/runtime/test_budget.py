@@ -73,7 +73,7 @@ def test_pages_and_swapped_pages_share_a_cpu_s_memory() -> None:
     # 2 GiB in all, 1 for activations: 0.75 for pages leave a quarter for swapping.
     kv = {"kv_cache_memory_bytes": 3 * GB // 4, "max_model_len": 16}
     assert budget(**kv, swap_space_bytes=GB // 4).host_pages == GB // 4 // PAGE
-    with pytest.raises(InfeasibleError, match="256.0 MiB of memory are left"):
+    with pytest.raises(InfeasibleError, match=r"256\.0 MiB of memory are left"):
         budget(**kv, swap_space_bytes=GB // 4 + 1)
     assert budget(**kv, swap_space_bytes=2 * GB, cpu=False).host_pages == 2 * GB // PAGE
 
