@@ -57,7 +57,9 @@ class ChatCall:
         await context.check_output_grammar(grammar, "tools" if forced else None)
         text = render_prompt(context.tokenizer, body, self._tools)
         # The template writes the special tokens itself.
-        token_ids = await context.encode(text, bool(body.add_special_tokens))
+        token_ids = await context.encode(
+            text, bool(body.add_special_tokens), keep=body.truncate_prompt_tokens, param="messages"
+        )
         self._prompt = context.fitted(token_ids, body, "messages")
         return await context.generate(self._id, [self._prompt], params, body)
 

@@ -77,7 +77,9 @@ class CompletionCall:
     async def _prompt(self, given: str | list[int]) -> Prompt:
         body, context = self._body, self._context
         if isinstance(given, str):
-            token_ids = await context.encode(given, body.add_special_tokens is not False)
+            token_ids = await context.encode(
+                given, body.add_special_tokens is not False, keep=body.truncate_prompt_tokens
+            )
         else:
             token_ids = given
         fitted = context.fitted(token_ids, body)

@@ -7,12 +7,14 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from llmtool.config import ServerConfig
 from llmtool.core.request import Grammar, SamplingParams
-from llmtool.errors import EngineDead, RequestError
-from llmtool.models.tokenizer import Tokenizer
+from llmtool.errors import EngineDead, RequestError, RequestTooLong
+from llmtool.models.tokenizer import LONG_TEXT, Tokenizer
 from llmtool.serve.errors import ModelNotFound, ServerDraining
 from llmtool.serve.generation import Generation, TextOptions
 from llmtool.serve.metrics import ServerMetrics
@@ -20,7 +22,7 @@ from llmtool.serve.params import check_length, truncated
 from llmtool.serve.ports import Engine
 from llmtool.serve.protocol.common import GenerationFields
 
-LONG_TEXT = 4096  # characters; tokenizing more than that would hold up everybody else's tokens
+TOKENIZING_THREADS = 2  # a long text takes a core for seconds: more of them would starve the engine
 
 
 @dataclass(slots=True)
@@ -38,6 +40,9 @@ class ServeContext:
     send_timeout: float = 30.0
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+    tokenizing: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(TOKENIZING_THREADS, "tokenize")
+    )
 
     @property
     def model_name(self) -> str:
@@ -65,10 +70,35 @@ class ServeContext:
                 code="model_not_found",
             )
 
-    async def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def encode(
+        self, text: str, add_special_tokens: bool, *, keep: int | None = None, param: str = "prompt"
+    ) -> list[int]:
+        """The tokens of `text`. keep: truncate_prompt_tokens, what will be left of them.
+
+        Raises RequestTooLong for text that cannot fit whatever its tokens are, before it is tokenized.
+        """
         if len(text) < LONG_TEXT:
+            await asyncio.sleep(0)  # between many short prompts the others get their turn
             return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        text = self._bounded(text, keep, param)
+        work = partial(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
+        return await asyncio.get_running_loop().run_in_executor(self.tokenizing, work)
+
+    def _bounded(self, text: str, keep: int | None, param: str) -> str:
+        """As much of the end of `text` as can matter; refused if it all does and that is too much."""
+        max_model_len, longest = self.engine.info.max_model_len, self.tokenizer.longest_token
+        most = max_model_len * longest
+        if len(text) <= most:
+            return text
+        if keep is None:
+            raise RequestTooLong(
+                f"This model's maximum context length is {max_model_len} tokens of at most {longest} characters, "
+                f"the prompt alone has {len(text)} characters.",
+                "Shorten it, or set truncate_prompt_tokens.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        return text[-most:]
 
     def fitted(self, token_ids: list[int], body: GenerationFields, param: str = "prompt") -> list[int]:
         """The prompt as the engine gets it: truncated if asked for, refused if it can never fit."""
@@ -83,6 +113,12 @@ class ServeContext:
         """Raises RequestError; param: the field to blame, if not the usual one."""
         if grammar is None:
             return
+        if grammar.kind == "lark" and not self.config.allow_lark:
+            raise RequestError(
+                "This server takes no lark grammars from clients.",
+                "Start the server with --allow-lark.",
+                param="structured_outputs",
+            )
         try:
             await asyncio.to_thread(self.check_grammar, grammar)
         except RequestError as e:

@@ -17,7 +17,7 @@ from llmtool.models.detokenizer import Detokenizer
 from llmtool.models.tokenizer import Tokenizer
 from llmtool.serve.errors import ServerDraining
 from llmtool.serve.metrics import RequestObserver, ServerMetrics
-from llmtool.serve.ports import Engine, RequestStream
+from llmtool.serve.ports import Engine, EngineInfo, RequestStream
 from llmtool.serve.text import AnswerText
 
 MAX_SEQUENCES = 4096  # prompts x answers of one HTTP request
@@ -130,6 +130,7 @@ class Generation:
             raise RequestError(
                 f"{total} answers in one request are too many: the limit is {MAX_SEQUENCES}.", param="n"
             )
+        _check_room(total, engine.info)
         streams: dict[int, RequestStream] = {}
 
         async def admit(number: int, prompt: Sequence[int]) -> None:
@@ -210,6 +211,18 @@ class Generation:
             del self._texts[index]
             observer.finished(out.index, delta.finish_reason, out.times)
         return delta
+
+
+def _check_room(total: int, info: EngineInfo) -> None:
+    """Refuse what even an idle engine has no room for: to ask for it again later would never help."""
+    room = info.max_num_seqs + info.max_waiting
+    if total > room:
+        raise RequestError(
+            f"{total} answers in one request are too many: this server takes {room} at once "
+            f"({info.max_num_seqs} running, {info.max_waiting} waiting).",
+            "Send them in several requests.",
+            param="n",
+        )
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, SequenceOutput], None]:

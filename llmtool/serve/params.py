@@ -41,7 +41,10 @@ def sampling_params(
     if body.use_beam_search:
         length_penalty = 1.0 if body.length_penalty is None else body.length_penalty
         beam = BeamParams(body.best_of or n, length_penalty, bool(body.early_stopping))
-    if logprobs is None and body.best_of is not None and body.best_of > n:
+        if grammar is not None:
+            given = "structured_outputs" if body.response_format is None else "response_format"
+            raise RequestError("A beam search takes no structured output.", param=given)
+    elif logprobs is None and body.best_of is not None and body.best_of > n:
         logprobs = 0  # the best are chosen by them
     stop_token_ids = tuple(body.stop_token_ids or ())
     _check_tokens(stop_token_ids, vocab_size, "stop_token_ids")
@@ -52,7 +55,7 @@ def sampling_params(
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens or 0,
-        temperature=_default(body.temperature, 1.0),
+        temperature=_default(body.temperature, 0.0 if beam else 1.0),
         top_k=body.top_k or 0,
         top_p=_default(body.top_p, 1.0),
         min_p=body.min_p or 0.0,

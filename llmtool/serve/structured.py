@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmtool.core.request import Grammar
+from llmtool.errors import RequestError
 from llmtool.models.tokenizer import Tokenizer
-from llmtool.runtime.structured import grammar_tokenizer, validate_grammar
+from llmtool.runtime.structured import (
+    GrammarCompiler,
+    allowed_words,
+    grammar_tokenizer,
+    validate_grammar,
+    why_stopped,
+)
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 
 class GrammarChecker:
-    """Raises RequestError for a grammar that cannot be compiled. Safe to call from several threads.
+    """Raises RequestError for a grammar that cannot be compiled, or a choice that the model has no tokens for.
+    Safe to call from several threads.
 
     llguidance's view of the tokenizer takes a moment to build, so the first constrained request pays for it.
     """
@@ -33,3 +42,30 @@ class GrammarChecker:
                 source = self._tokenizer.backend.to_str()
                 self._view = grammar_tokenizer(source, self._vocab_size, self._eos_token_ids)
         validate_grammar(grammar, self._view)
+        check_startable(grammar, self._view)
+        if grammar.kind == "choice":
+            check_writable(json.loads(grammar.text), self._view)
+
+
+def check_startable(grammar: Grammar, view: LLTokenizer) -> None:
+    """Some grammars compile and fail at the first token, as a schema that only refers to itself does."""
+    matcher = GrammarCompiler(view).matcher(grammar)
+    allowed_words([matcher], view.vocab_size)
+    if matcher.is_error():
+        raise RequestError(
+            f"The {grammar.kind.replace('_', ' ')} grammar cannot be used: {why_stopped(matcher)}.",
+            param="response_format" if grammar.kind.startswith("json") else "structured_outputs",
+        )
+
+
+def check_writable(choices: Sequence[str], view: LLTokenizer) -> None:
+    """Some vocabularies lack some bytes, of rare planes of Unicode or control characters. llguidance leaves such a
+    byte out and then contradicts its own mask, in the middle of the answer.
+    """
+    for choice in choices:
+        text = choice.encode()
+        if view.decode_bytes(view.tokenize_bytes(text)) != text:
+            raise RequestError(
+                f"The choice {choice[:50]!r} has characters that this model's tokenizer cannot write.",
+                param="structured_outputs",
+            )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 
 from llmtool.errors import RequestError
-from llmtool.serve.context import LONG_TEXT, ServeContext
+from llmtool.models.tokenizer import LONG_TEXT
+from llmtool.serve.context import ServeContext
 from llmtool.serve.logprobs import TokenNames
 from llmtool.serve.protocol.chat import ChatRequest
 from llmtool.serve.protocol.service import (
@@ -35,7 +36,7 @@ async def tokenize(context: ServeContext, body: TokenizeRequest) -> TokenizeResp
             chat_template_kwargs=body.chat_template_kwargs,
         )
         text = render_prompt(context.tokenizer, chat, ToolUse.of(chat))
-        token_ids = await context.encode(text, bool(body.add_special_tokens))
+        token_ids = await context.encode(text, bool(body.add_special_tokens), param="messages")
     names = TokenNames(context.tokenizer)
     return TokenizeResponse(
         count=len(token_ids),

@@ -64,6 +64,8 @@ class Info:
     served_model_name: str = "tiny"
     max_model_len: int = 512
     vocab_size: int = 320
+    max_num_seqs: int = 64
+    max_waiting: int = 1024
     num_pages: int = 100
     page_bytes: int = 1024
     weight_bytes: int = 5000

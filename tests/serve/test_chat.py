@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher
 
+from llmtool.config import ServerConfig
 from llmtool.core.request import Grammar
 from llmtool.runtime.structured import grammar_source, grammar_tokenizer
 from tests.serve.conftest import Client, Connect, says
@@ -150,7 +151,7 @@ async def test_structured_output_becomes_a_grammar(connect: Connect) -> None:
         ({"guided_choice": ["yes", "no"]}, Grammar("choice", '["yes", "no"]')),
         ({"guided_json": schema}, Grammar("json_schema", json.dumps(schema))),
     ]
-    async with connect() as client:
+    async with connect(config=ServerConfig(allow_lark=True)) as client:
         for fields, grammar in cases:
             await client.chat(**fields)
             assert client.engine.added[-1].params.grammar == grammar

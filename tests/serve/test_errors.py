@@ -9,7 +9,9 @@ import pytest
 
 from llmtool.config import ServerConfig
 from llmtool.errors import EngineDead
+from llmtool.models.tokenizer import Tokenizer
 from tests.serve.conftest import Connect, error_of
+from tests.serve.fake import CHATML, tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -55,10 +57,11 @@ for _ in range(150):
         ({"temperature": True}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "greater than 0"),
         ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty", "greater than or equal to 0.01"),
+        ({"use_beam_search": True, "length_penalty": -100}, "length_penalty", "greater than or equal to -10"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "must not exceed"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "not a token id"),
         ({"logit_bias": {"320": 1}}, "logit_bias", "vocabulary"),
-        ({"logit_bias": {"3": 101}}, "logit_bias", "100"),
         ({"stop_token_ids": [10**9]}, "stop_token_ids", "vocabulary"),
         ({"stop": [""]}, "stop[0]", "at least 1 character"),
         ({"stop": ["a"] * 65}, "stop", "at most 64 items"),
@@ -69,13 +72,21 @@ for _ in range(150):
         ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "must be -1 or positive"),
         ({"response_format": {"type": "yaml"}}, "response_format.type", "'json_schema'"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "needs json_schema.schema"),
+        ({"structured_outputs": {"grammar": "start: /a/"}}, "structured_outputs", "--allow-lark"),
+        ({"guided_grammar": "start: /a/"}, "structured_outputs", "--allow-lark"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "regex"),
         ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs", "Only one"),
         ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs", "needs one of"),
         ({"guided_json": "{"}, "structured_outputs", "not JSON"),
         ({"guided_json": {"type": "nonsense"}}, "response_format", "grammar cannot be used"),
+        ({"guided_json": {"$ref": "#"}}, "response_format", "grammar cannot be used"),
         ({"guided_json": {"$ref": "#/nowhere"}}, "response_format", "grammar cannot be used"),
-        ({"use_beam_search": True, "guided_choice": ["a"]}, "response_format", "beam search"),
+        ({"use_beam_search": True, "guided_choice": ["a"]}, "structured_outputs", "beam search"),
+        ({"use_beam_search": True, "response_format": {"type": "json_object"}}, "response_format", "beam search"),
+        ({"use_beam_search": True, "top_k": 5}, "top_k", "beam search"),
+        ({"use_beam_search": True, "temperature": 0.5}, "temperature", "beam search"),
+        ({"use_beam_search": True, "prompt_logprobs": 1}, "prompt_logprobs", "beam search"),
+        ({"prompt": ["a"] * 20, "n": 60}, "n", "1200 answers"),
     ],
 )  # fmt: skip
 async def test_bad_completions(connect: Connect, fields: dict[str, Any], param: str, words: str) -> None:
@@ -189,6 +200,32 @@ async def test_context_length_has_the_code_clients_look_for(connect: Connect) ->
     assert (
         error["code"] == "context_length_exceeded" and "600" in error["message"] and "512" in error["message"]
     )
+
+
+async def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(connect: Connect) -> None:
+    seen: list[int] = []
+
+    class Counting(Tokenizer):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            seen.append(len(text))
+            return super().encode(text, add_special_tokens)
+
+    known = tiny_tokenizer()
+    tokenizer = Counting(known.backend, known.special_tokens, {"default": CHATML})
+    huge = "word " * 1_000_000
+    async with connect(tokenizer=tokenizer) as client:
+        for path, body in (
+            (COMPLETIONS, {"prompt": huge}),
+            (COMPLETIONS, {"prompt": ["a" * 10_000]}),
+            (CHAT, {"messages": [{"role": "user", "content": huge}]}),
+            ("/tokenize", {"prompt": huge}),
+        ):
+            error = await client.refused(path, **body)
+            assert error["code"] == "context_length_exceeded" and "characters" in error["message"]
+        assert not seen
+        await client.complete(huge, truncate_prompt_tokens=7)
+    assert client.engine.added[-1].prompt == known.encode(huge[-500:])[-7:]
+    assert seen == [512 * tokenizer.longest_token]
 
 
 async def test_a_full_queue_is_a_429_with_retry_after_and_leaves_nothing_behind(connect: Connect) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtool.models.detokenizer import Detokenizer
+from llmtool.models.tokenizer import LONG_TEXT
 from llmtool.serve.text import AnswerText, StopStrings
 from tests.serve.fake import tiny_tokenizer
 
@@ -67,3 +68,14 @@ def test_stop_strings_wait_for_min_tokens() -> None:
     late = AnswerText(Detokenizer(tiny_tokenizer()), ["a"], min_tokens=3)
     piece = late.push(tokens)
     assert (piece.text, piece.num_tokens, piece.stop) == ("xax", 4, "a")
+
+
+def test_long_text_has_the_tokens_that_the_plain_encoder_gives_it() -> None:
+    tokenizer = tiny_tokenizer()
+    text = "The quick brown fox 🙂 <|im_end|> jumps.\n" * 500
+    assert len(text) > LONG_TEXT
+    assert tokenizer.encode(text) == tokenizer.backend.encode(text).ids
+    assert (
+        max(len(tokenizer.decode([i], skip_special_tokens=False)) for i in range(320))
+        <= tokenizer.longest_token
+    )

@@ -80,15 +80,15 @@ class GenerationFields(Body):
     logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     user: Annotated[str, Field(max_length=4096)] | None = None
     response_format: ResponseFormat | None = None
-    # Sampling, vLLM's names.
+    # Sampling, vLLM's names. The bounds keep logits and scores inside float32 and float64.
     top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = False
     stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
     use_beam_search: bool | None = False
-    length_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
+    length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     early_stopping: bool | None = False
     # Structured output, vLLM's names, new and old.
     structured_outputs: StructuredOutputs | None = None
