@@ -3,18 +3,20 @@
 Intervals come from resampling the requests of both runs (workload/statistics.py: blocks of neighbours). Where both
 ran the same requests in the same order, the same ones are drawn from both (a paired comparison): the prompts' own
 variety then cancels. Throughputs are resampled over slices of the run's time. All of it is noise within one run;
-what changes from run to run (other tenants, clocks, placement) needs repeated runs, and no file can show it.
+what changes from run to run (other tenants, clocks, placement) needs repeated runs, and no file can show it. A
+comparison tests a dozen metrics at once, so verdicts are corrected for their number (Holm 1979).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
 
 from llmtool.bench.result import BenchResult, RunResult
 from llmtool.errors import UsageError
@@ -24,15 +26,19 @@ from llmtool.workload.statistics import (
     Floats,
     GroupedSample,
     block_indices,
+    block_length,
     chunk_rows,
-    percentile_interval,
 )
 
 RESAMPLES = 1000
 MAX_SLICES = 50
+AT_ONCE = 0.05  # of the run: everything was sent in its first twentieth
 MIN_SAMPLES = 5
-# Smaller differences are called the same even where the interval excludes 1.
+MIN_P99_SAMPLES = 500  # the p99 of fewer values rests on less than five of them
+# Smaller differences are not called better or worse even where they are beyond noise.
 MIN_EFFECT = 0.01
+HIT_RATE_DIFFERENCE = 0.05
+EQUIVALENCE = 0.05  # "same": the whole interval lies within +-5 %
 Weigh = Callable[[RequestRecord], float]
 STATISTICS: tuple[tuple[str, Callable[[Floats], Floats]], ...] = (
     ("mean", lambda v: np.mean(v, axis=-1)),
@@ -44,8 +50,10 @@ STATISTICS: tuple[tuple[str, Callable[[Floats], Floats]], ...] = (
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One metric. a, b: its values. ratio: b / a. low, high: interval of the ratio, None where it has none.
+    p_value: two-sided, of ratio 1, before the correction for the number of metrics.
 
-    verdict: better | worse (B than A), same, or unknown where too little was measured.
+    verdict: better | worse (B than A), beyond noise; same, the interval lies within EQUIVALENCE; unclear, neither
+    can be told; unknown, too little was measured for an interval.
     """
 
     metric: str
@@ -54,8 +62,17 @@ class Comparison:
     ratio: float | None
     low: float | None
     high: float | None
+    p_value: float | None
     higher_is_better: bool
     verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """ratios: B / A of resamples [RESAMPLES]. size: values (or groups of them) resampled on the smaller side."""
+
+    ratios: Floats
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +144,11 @@ def _compare_runs(
         x.prompt_tokens == y.prompt_tokens and x.success and y.success
         for x, y in zip(left, right, strict=True)
     )
-    metrics = []
+    metrics: list[Comparison] = []
 
-    def add(name: str, a_value: Any, b_value: Any, samples: Floats | None, higher: bool) -> None:
-        metrics.append(_judge(name, a_value, b_value, samples, higher, confidence, min_effect))
+    def add(name: str, a_value: Any, b_value: Any, sample: Sample | None, higher: bool) -> None:
+        if a_value is not None and b_value is not None:
+            metrics.append(_estimate(name, a_value, b_value, sample, higher, confidence))
 
     for name, weigh in _throughputs(a, b):
         ratios = _throughput_ratios(left, right, name, weigh, rng)
@@ -139,33 +157,58 @@ def _compare_runs(
         pair = _Samples(_values(left, latency), _values(right, latency), paired)
         for word, statistic in STATISTICS:
             key = f"{word}_{latency}_ms"
-            add(key, a.metrics.get(key), b.metrics.get(key), pair.ratios(statistic, rng), False)
+            least = MIN_P99_SAMPLES if word == "p99" else MIN_SAMPLES
+            add(key, a.metrics.get(key), b.metrics.get(key), pair.ratios(statistic, rng, least), False)
     for word, ratios in _gap_ratios(left, right, paired, rng):
         key = f"{word}_itl_ms"
         add(key, a.metrics.get(key), b.metrics.get(key), ratios, False)
     rate = a.request_rate if a.request_rate == b.request_rate else None
-    return RunComparison(rate, paired, tuple(m for m in metrics if m.a is not None and m.b is not None))
+    return RunComparison(rate, paired, tuple(_judge(metrics, confidence, min_effect)))
 
 
-def _judge(
+def _estimate(
     name: str,
     a: float | None,
     b: float | None,
-    samples: Floats | None,
+    sample: Sample | None,
     higher_is_better: bool,
     confidence: float,
-    min_effect: float,
 ) -> Comparison:
+    """Student's t on the bootstrap's standard error of log(B / A), with one degree of freedom less than the blocks
+    of the smaller run: percentiles of so few blocks would be too narrow, and have no tail to correct with."""
     ratio = b / a if a and b is not None else None
-    samples = samples[np.isfinite(samples)] if samples is not None else None
-    if ratio is None or samples is None or len(samples) < 100:
-        return Comparison(name, a, b, ratio, None, None, higher_is_better, "unknown")
-    low, high = percentile_interval(samples, confidence)
-    if low <= 1 <= high or abs(ratio - 1) < min_effect:
-        verdict = "same"
+    ratios = sample.ratios[np.isfinite(sample.ratios) & (sample.ratios > 0)] if sample is not None else None
+    if not ratio or sample is None or ratios is None or len(ratios) < 100:
+        return Comparison(name, a, b, ratio, None, None, None, higher_is_better, "unknown")
+    error = float(np.log(ratios).std()) * math.sqrt(sample.size / (sample.size - 1))
+    freedom = max(1, -(-sample.size // _block(sample.size)) - 1)
+    half = float(stdtrit(freedom, 0.5 + confidence / 2)) * error
+    low, high = ratio * math.exp(-half), ratio * math.exp(half)
+    if error > 0:
+        p_value = 2 * float(stdtr(freedom, -abs(math.log(ratio)) / error))
     else:
-        verdict = "better" if (ratio > 1) == higher_is_better else "worse"
-    return Comparison(name, a, b, ratio, low, high, higher_is_better, verdict)
+        p_value = float(ratio == 1)
+    return Comparison(name, a, b, ratio, low, high, p_value, higher_is_better, "unclear")
+
+
+def _judge(metrics: Sequence[Comparison], confidence: float, min_effect: float) -> Iterator[Comparison]:
+    """Verdicts under Holm's correction: the chance that any difference is claimed where there is none stays below
+    1 - confidence, however many metrics are compared."""
+    tested = sorted((c for c in metrics if c.p_value is not None), key=lambda c: c.p_value or 0.0)
+    found: set[str] = set()
+    for rank, c in enumerate(tested):
+        if (c.p_value or 0.0) > (1 - confidence) / (len(tested) - rank):
+            break
+        found.add(c.metric)
+    for c in metrics:
+        if c.ratio is None or c.low is None or c.high is None:
+            yield c
+        elif c.metric in found and abs(c.ratio - 1) >= min_effect:
+            yield replace(c, verdict="better" if (c.ratio > 1) == c.higher_is_better else "worse")
+        elif c.low >= 1 - EQUIVALENCE and c.high <= 1 + EQUIVALENCE:
+            yield replace(c, verdict="same")
+        else:
+            yield c
 
 
 def _values(records: Sequence[RequestRecord], latency: str) -> Floats:
@@ -189,16 +232,20 @@ class _Samples:
             a, b = a[keep], b[keep]
         self._a, self._b, self._paired = a[~np.isnan(a)], b[~np.isnan(b)], paired
 
-    def ratios(self, statistic: Callable[[Floats], Floats], rng: np.random.Generator) -> Floats | None:
-        if min(len(self._a), len(self._b)) < MIN_SAMPLES:
+    def ratios(
+        self, statistic: Callable[[Floats], Floats], rng: np.random.Generator, least: int
+    ) -> Sample | None:
+        size = min(len(self._a), len(self._b))
+        if size < least:
             return None
         pieces = _draws(len(self._a), len(self._b), self._paired, rng)
-        return np.concatenate([_ratio(statistic(self._a[i]), statistic(self._b[j])) for i, j in pieces])
+        ratios = [_ratio(statistic(self._a[i]), statistic(self._b[j])) for i, j in pieces]
+        return Sample(np.concatenate(ratios), size)
 
 
 def _gap_ratios(
     left: Sequence[RequestRecord], right: Sequence[RequestRecord], paired: bool, rng: np.random.Generator
-) -> Iterator[tuple[str, Floats | None]]:
+) -> Iterator[tuple[str, Sample | None]]:
     a, b = (GroupedSample([r.itls for r in side if r.success]) for side in (left, right))
     if min(a.num_groups, b.num_groups) < MIN_SAMPLES or not (len(a.values) and len(b.values)):
         yield "mean", None
@@ -207,8 +254,16 @@ def _gap_ratios(
     # Each resample walks through all gaps: fewer of them for long runs.
     count = int(np.clip(10_000_000 // (len(a.values) + len(b.values)), 100, RESAMPLES))
     draws = list(_draws(a.num_groups, b.num_groups, paired, rng, count))
-    yield "mean", np.concatenate([_ratio(a.mean(i), b.mean(j)) for i, j in draws])
-    yield "median", np.concatenate([_ratio(a.quantile(i, 0.5), b.quantile(j, 0.5)) for i, j in draws])
+    size = min(a.num_groups, b.num_groups)
+    means = [_ratio(a.mean(i), b.mean(j)) for i, j in draws]
+    medians = [_ratio(a.quantile(i, 0.5), b.quantile(j, 0.5)) for i, j in draws]
+    yield "mean", Sample(np.concatenate(means), size)
+    yield "median", Sample(np.concatenate(medians), size)
+
+
+def _block(n: int) -> int:
+    """Requests per block. A queue ties together more than n^(1/3) neighbours, which would be false alarms."""
+    return min(n, 2 * block_length(n))
 
 
 def _draws(
@@ -217,8 +272,8 @@ def _draws(
     """Index arrays [some, n_a] and [some, n_b] of resamples, the same ones where paired."""
     while count > 0:
         rows = min(count, chunk_rows(max(n_a, n_b)))
-        (a,) = block_indices(n_a, rows, rng)
-        (b,) = (a,) if paired else block_indices(n_b, rows, rng)
+        (a,) = block_indices(n_a, rows, rng, _block(n_a))
+        (b,) = (a,) if paired else block_indices(n_b, rows, rng, _block(n_b))
         yield a, b
         count -= rows
 
@@ -240,13 +295,21 @@ def _throughput_ratios(
     name: str,
     weigh: Weigh,
     rng: np.random.Generator,
-) -> Floats | None:
+) -> Sample | None:
+    # Sent all at once, a run is one burst that drains: its slices are no repetitions of anything.
+    if _at_once(left) or _at_once(right):
+        return None
     spread = name == "output_throughput"
     a, b = (_slices(side, weigh, spread) for side in (left, right))
     if a is None or b is None:
         return None
     (i, j), *_ = _draws(len(a), len(b), False, rng)
-    return _ratio(a[i].mean(axis=1), b[j].mean(axis=1))
+    return Sample(_ratio(a[i].mean(axis=1), b[j].mean(axis=1)), min(len(a), len(b)))
+
+
+def _at_once(records: Sequence[RequestRecord]) -> bool:
+    end = max((r.start + r.e2e for r in records), default=0.0)
+    return max((r.start for r in records), default=0.0) < AT_ONCE * end
 
 
 def _slices(records: Sequence[RequestRecord], weigh: Weigh, spread: bool) -> Floats | None:
@@ -286,6 +349,13 @@ def _notes(a: BenchResult, b: BenchResult, runs: Sequence[RunComparison]) -> Ite
     for name, side in (("A", a), ("B", b)):
         for warning in side.warnings:
             yield f"{name}: {warning}"
+    for left, right in _pairs(a, b):
+        hits = [{**r.metrics, **r.server}.get("prefix_cache_hit_rate") or 0.0 for r in (left, right)]
+        if abs(hits[0] - hits[1]) > HIT_RATE_DIFFERENCE:
+            yield (
+                f"The prefix cache hit rates differ: {100 * hits[0]:.1f} % in A, {100 * hits[1]:.1f} % in B. "
+                "A run with prompts that the server has seen before measures its cache."
+            )
     if not all(run.paired for run in runs):
         yield "The runs had different requests: their variety is part of the noise. Use the same dataset and seed."
     yield "Intervals cover the noise within these runs; repeat both, interleaved, for what changes between runs."

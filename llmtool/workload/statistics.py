@@ -33,9 +33,12 @@ def chunk_rows(n: int) -> int:
     return max(1, _CHUNK // max(n, 1))
 
 
-def block_indices(n: int, count: int, rng: np.random.Generator) -> Iterator[NDArray[np.int64]]:
-    """`count` resamples of range(n) by circular blocks, handed on in pieces of shape [some, n]."""
-    length = block_length(n)
+def block_indices(
+    n: int, count: int, rng: np.random.Generator, length: int | None = None
+) -> Iterator[NDArray[np.int64]]:
+    """`count` resamples of range(n) by circular blocks (of `length`, else block_length), handed on in pieces of
+    shape [some, n]."""
+    length = length or block_length(n)
     blocks = -(-n // length)
     offsets = np.arange(length)
     while count > 0:
