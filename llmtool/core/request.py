@@ -19,7 +19,6 @@ MAX_BEAM_STOPS = 8
 MAX_TOKENS = 2**31 - 1
 MIN_TEMPERATURE = 0.01
 GREEDY_BELOW = 1e-5
-MAX_BIAS = 100.0
 _NOT_WITH_BEAMS = (
     "top_k",
     "top_p",
@@ -28,9 +27,7 @@ _NOT_WITH_BEAMS = (
     "presence_penalty",
     "frequency_penalty",
     "logit_bias",
-    "logprobs",
     "prompt_logprobs",
-    "grammar",
 )
 
 
@@ -155,7 +152,7 @@ class SamplingParams:
         )
         for token, bias in self.logit_bias.items():
             _require(token >= 0, "logit_bias", f"logit_bias has a negative token id, {token}.")
-            _require(bias == bias, "logit_bias", f"logit_bias of token {token} is not a number.")
+            _finite(bias, "logit_bias", -100.0, 100.0)
         if self.beam is not None:
             width = self.beam.width
             _require(1 <= width <= 32, "best_of", f"a beam search takes 1 to 32 beams, not {width}.")
@@ -163,22 +160,20 @@ class SamplingParams:
             self._check_beam()
 
     def _normalise(self) -> None:
-        """As vLLM does: a temperature near 0 is greedy and no other is below 0.01, seed -1 is none, biases end at
-        +-100. Smaller temperatures would overflow float32."""
+        """As vLLM does: a temperature near 0 is greedy and no other is below 0.01, which float32 would not survive;
+        seed -1 is none."""
         set_field = object.__setattr__
         if 0.0 < self.temperature < MIN_TEMPERATURE:
             set_field(self, "temperature", 0.0 if self.temperature < GREEDY_BELOW else MIN_TEMPERATURE)
         if self.seed == -1:
             set_field(self, "seed", None)
-        if any(abs(bias) > MAX_BIAS for bias in self.logit_bias.values()):
-            clamped = {t: max(-MAX_BIAS, min(MAX_BIAS, bias)) for t, bias in self.logit_bias.items()}
-            set_field(self, "logit_bias", clamped)
 
     def _check_beam(self) -> None:
         """Beams are ranked by the model's own probabilities: what would change those is refused, not ignored."""
         _require(
             self.temperature in (0.0, 1.0), "temperature", "A beam search takes no temperature but 0 or 1."
         )
+        _require(self.grammar is None, "response_format", "A beam search takes no structured output.")
         default = SamplingParams()
         for name in _NOT_WITH_BEAMS:
             _require(getattr(self, name) == getattr(default, name), name, f"A beam search takes no {name}.")

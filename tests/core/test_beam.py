@@ -110,7 +110,7 @@ def test_no_beam_ends_before_min_tokens() -> None:
         {"top_k": 3},
         {"repetition_penalty": 1.2},
         {"logit_bias": {1: 5.0}},
-        {"logprobs": 1},
+        {"prompt_logprobs": 1},
     ],
 )
 def test_parameters_that_a_beam_search_would_ignore_are_refused(change: dict) -> None:

@@ -12,7 +12,6 @@ def test_normalised_as_vllm_does() -> None:
     assert SamplingParams(temperature=1e-50).greedy
     assert SamplingParams(temperature=1e-3).temperature == 0.01
     assert SamplingParams(seed=-1).seed is None
-    assert SamplingParams(logit_bias={1: 500.0, 2: -1e9, 3: 4.0}).logit_bias == {1: 100.0, 2: -100.0, 3: 4.0}
 
 
 @pytest.mark.parametrize(
@@ -33,6 +32,7 @@ def test_normalised_as_vllm_does() -> None:
         ("repetition_penalty", 1e-40),
         ("presence_penalty", 3.0),
         ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: 101.0}),
         ("logit_bias", {-1: 1.0}),
         ("logprobs", 101),
         ("n", 0),
