@@ -18,7 +18,7 @@ from llmtool.models.tokenizer import LONG_TEXT, Tokenizer
 from llmtool.serve.errors import ModelNotFound, ServerDraining
 from llmtool.serve.generation import Generation, TextOptions
 from llmtool.serve.metrics import ServerMetrics
-from llmtool.serve.params import check_length, truncated
+from llmtool.serve.params import check_length, check_prompt_logprobs, truncated
 from llmtool.serve.ports import Engine
 from llmtool.serve.protocol.common import GenerationFields
 
@@ -132,6 +132,7 @@ class ServeContext:
         params: SamplingParams,
         body: GenerationFields,
     ) -> Generation:
+        check_prompt_logprobs(sum(map(len, prompts)), params.prompt_logprobs)
         options = TextOptions(
             stop=body.stop_strings,
             include_stop=bool(body.include_stop_str_in_output),

@@ -92,10 +92,12 @@ def sentence(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str |
     """
     first: dict[tuple[object, ...], tuple[Path, Mapping[str, Any]]] = {}  # each branch's first error
     for error in errors:
-        path, branch = _path(error["loc"], body)
+        path, branch = _path(error, body)
         first.setdefault((path[:1], branch), (path, error))
     field = next(iter(first.values()))[0][:1]
     candidates = [(path, error) for path, error in first.values() if path[:1] == field]
+    # Of the right type but of a wrong size: that branch was meant, whatever the others say of single items.
+    candidates = [c for c in candidates if c[1]["type"] in ("too_long", "too_short")] or candidates
     path = max((path for path, _ in candidates), key=lambda p: [(isinstance(k, int), k) for k in p])
     there = [error for at, error in candidates if at == path]
     # Of the right type but wrong: that branch was meant, and the others only say that they are of other types.
@@ -110,17 +112,18 @@ def sentence(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str |
     return f"{name}: {' or '.join(reasons)}.", name
 
 
-def _path(loc: Sequence[Any], body: Any) -> tuple[Path, tuple[str, ...]]:
-    """The part of `loc` that leads into the input, and the rest: names of union branches, which do not."""
+def _path(error: Mapping[str, Any], body: Any) -> tuple[Path, tuple[str, ...]]:
+    """The part of the error's location that leads into the input, and the rest: names of union branches."""
     path: list[str | int] = []
     branch: list[str] = []
+    loc: Sequence[Any] = error["loc"]
     keys = list(loc[1:]) if loc and loc[0] in ("body", "query", "header", "path") else list(loc)
     for position, key in enumerate(keys):
         if isinstance(body, dict) and key in body:
             path.append(key)
             body = body[key]
-        elif isinstance(body, dict) and position == len(keys) - 1:
-            path.append(key)  # a missing field
+        elif error["type"] == "missing" and position == len(keys) - 1:
+            path.append(key)
         elif isinstance(body, list) and isinstance(key, int) and key < len(body):
             path.append(key)
             body = body[key]

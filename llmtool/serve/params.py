@@ -9,6 +9,9 @@ from llmtool.core.request import BeamParams, Grammar, SamplingParams
 from llmtool.errors import RequestError, RequestTooLong
 from llmtool.serve.protocol.common import GenerationFields, JsonObject, ResponseFormat, StructuredOutputs
 
+USUAL_LOGPROBS = 20  # vLLM's limit
+MAX_PROMPT_LOGPROBS = 2**16
+
 
 def check_combination(body: GenerationFields, wants_logprobs: bool) -> None:
     """Rules between fields, which types cannot say. Raises RequestError."""
@@ -156,6 +159,16 @@ def _schema(given: JsonObject | str) -> Any:
         raise RequestError(
             "The JSON schema is a string that is not JSON.", param="structured_outputs"
         ) from None
+
+
+def check_prompt_logprobs(num_prompt: int, count: int | None) -> None:
+    """They come for every token of the prompt, 70 bytes of JSON each: many of many would hold up others."""
+    if count is not None and count > USUAL_LOGPROBS and count * num_prompt > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"{count} logprobs for each of {num_prompt} prompt tokens are too many: "
+            f"above {USUAL_LOGPROBS} each, the limit is {MAX_PROMPT_LOGPROBS} in all.",
+            param="prompt_logprobs",
+        )
 
 
 def check_length(num_prompt: int, max_model_len: int, param: str = "prompt") -> None:

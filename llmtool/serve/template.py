@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llmtool.errors import RequestError
 from llmtool.models.tokenizer import Tokenizer
 from llmtool.serve.protocol.chat import ChatRequest
 from llmtool.serve.tools.choice import ToolUse
-from llmtool.serve.tools.prompt import template_messages, with_instructions
+from llmtool.serve.tools.prompt import spelled_out, template_messages, with_instructions, without_calls
 
 _OURS = frozenset(
     {
@@ -38,12 +40,30 @@ def render_prompt(tokenizer: Tokenizer, body: ChatRequest, tools: ToolUse) -> st
         kwargs.setdefault("documents", body.documents)
     messages: list[dict[str, Any]] = template_messages(body.messages)
     shown = tools.shown()
-    text = tokenizer.render_chat(messages, shown or None, generate, **kwargs)
-    if shown and text == tokenizer.render_chat(messages, None, generate, **kwargs):
-        # The template drops the tools: the model must still hear of them.
+
+    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None) -> str:
+        return tokenizer.render_chat(messages, tools, generate, **kwargs)
+
+    text = render(messages, shown or None)
+    # What the template drops, the model must still hear of.
+    if shown and text == render(messages):
         messages = with_instructions(messages, shown)
-        text = tokenizer.render_chat(messages, None, generate, **kwargs)
+        text = render(messages)
+    elif _drops_calls(partial(render, tools=shown or None), messages, text):
+        messages = spelled_out(messages)
+        text = render(messages, shown or None)
     return _until_final_message(text, messages[-1]["content"]) if continued else text
+
+
+def _drops_calls(
+    render: Callable[[list[dict[str, Any]]], str], messages: list[dict[str, Any]], text: str
+) -> bool:
+    """Whether calls or their results are missing in `text`, the template's rendering of `messages`."""
+    shorter = [without_calls(messages), [m for m in messages if m["role"] != "tool"]]
+    try:
+        return any(fewer and fewer != messages and text == render(fewer) for fewer in shorter)
+    except RequestError:  # it insists on what was left out
+        return False
 
 
 def _until_final_message(text: str, content: str) -> str:

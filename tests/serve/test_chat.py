@@ -10,7 +10,7 @@ from llmtool.config import ServerConfig
 from llmtool.core.request import Grammar
 from llmtool.runtime.structured import grammar_source, grammar_tokenizer
 from tests.serve.conftest import Client, Connect, says
-from tests.serve.fake import PLAIN_CHATML, tiny_tokenizer
+from tests.serve.fake import CHATML, PLAIN_CHATML, tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
 URL = "/v1/chat/completions"
@@ -189,6 +189,26 @@ async def test_a_template_without_tools_gets_them_in_the_system_message(connect:
     assert '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>' in prompt
     assert "<tool_response>\nok\n</tool_response>" in prompt
     assert answer["choices"][0]["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+
+
+@pytest.mark.parametrize(
+    "template", [PLAIN_CHATML.partition("{%- for call")[0] + "<|im_end|>\n{% endfor %}", CHATML]
+)
+async def test_calls_of_the_history_are_kept_without_tools(connect: Connect, template: str) -> None:
+    history = [
+        *USER,
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "ok"},
+    ]
+    async with connect(says("yes"), tokenizer=tiny_tokenizer(template)) as client:
+        await client.chat(messages=history)
+    prompt = prompt_of(client)
+    assert prompt.count('{"name": "f", "arguments": {"x": 1}}') == 1 and "ok" in prompt
+    # A template that shows calls is left to it; ours writes them without line breaks.
+    assert ("<tool_call>\n" in prompt) == (template != CHATML)
 
 
 async def test_streamed_calls_assemble_to_the_whole(connect: Connect) -> None:

@@ -6,10 +6,12 @@ import json
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from llmtool.config import ServerConfig
 from llmtool.errors import EngineDead
 from llmtool.models.tokenizer import Tokenizer
+from llmtool.serve.protocol.completions import CompletionRequest
 from tests.serve.conftest import Connect, error_of
 from tests.serve.fake import CHATML, tiny_tokenizer
 
@@ -60,6 +62,14 @@ for _ in range(150):
         ({"repetition_penalty": 5e-324}, "repetition_penalty", "greater than or equal to 0.01"),
         ({"use_beam_search": True, "length_penalty": -100}, "length_penalty", "greater than or equal to -10"),
         ({"min_tokens": 9, "max_tokens": 3}, "min_tokens", "must not exceed"),
+        ({"prompt": {"a": 1}}, "prompt", "valid string"),
+        ({"prompt": ["a"] * 2049}, "prompt", "at most 2048 items"),
+        ({"prompt": [[1]] * 2049}, "prompt", "at most 2048 items"),
+        ({"logit_bias": [1]}, "logit_bias", "JSON object"),
+        ({"logit_bias": {"0": "x"}}, "logit_bias", "numbers"),
+        ({"logit_bias": {str(i): "x" for i in range(1025)}}, "logit_bias", "at most 1024 items, not 1025"),
+        ({"prompt": [[5] * 200] * 4, "prompt_logprobs": 100}, "prompt_logprobs", "each of 800 prompt tokens"),
+        ({"prompt": [[5] * 200] * 4, "echo": True, "logprobs": 100}, "prompt_logprobs", "each of 800"),
         ({"logit_bias": {"x": 1}}, "logit_bias", "not a token id"),
         ({"logit_bias": {"320": 1}}, "logit_bias", "vocabulary"),
         ({"stop_token_ids": [10**9]}, "stop_token_ids", "vocabulary"),
@@ -226,6 +236,23 @@ async def test_text_that_cannot_fit_is_refused_before_it_is_tokenized(connect: C
         await client.complete(huge, truncate_prompt_tokens=7)
     assert client.engine.added[-1].prompt == known.encode(huge[-500:])[-7:]
     assert seen == [512 * tokenizer.longest_token]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [1.5] * 20_000},
+        {"prompt": [[1.5] * 20_000]},
+        {"prompt": [[{}]] * 20_000},
+        {"prompt": "a", "stop": [5] * 20_000},
+        {"prompt": "a", "logit_bias": {str(i): "x" for i in range(20_000)}},
+        {"prompt": "a", "stop_token_ids": ["x"] * 20_000},
+    ],
+)
+def test_large_wrong_bodies_are_reported_briefly(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        CompletionRequest.model_validate(fields)
+    assert caught.value.error_count() <= 4  # one per branch of a union
 
 
 async def test_a_full_queue_is_a_429_with_retry_after_and_leaves_nothing_behind(connect: Connect) -> None:

@@ -33,9 +33,9 @@ class ToolCall(Body):
 
 class ChatMessage(Body):
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | Annotated[list[ContentPart], Field(max_length=4096)] | None = None
+    content: str | Annotated[list[ContentPart], Field(max_length=4096, fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
-    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
 
 
@@ -61,19 +61,19 @@ class NamedToolChoice(Body):
 
 
 class ChatRequest(GenerationFields):
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[Count, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Count, Field(ge=1)] | None = None
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = True
     echo: bool | None = False
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
     chat_template_kwargs: JsonObject | None = None
-    documents: Annotated[list[JsonObject], Field(max_length=1024)] | None = None
+    documents: Annotated[list[JsonObject], Field(max_length=1024, fail_fast=True)] | None = None
 
 
 class ChatTokenTop(BaseModel):

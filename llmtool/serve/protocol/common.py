@@ -1,7 +1,8 @@
 """What completions and chat share: strict field types, sampling fields, structured output, errors, usage.
 
 Types are strict (``true`` is not 1, ``"5"`` is not 5) and bounded, so that what passes here can only fail for
-reasons that need the model. Unknown fields are kept aside and logged at debug level: clients send many.
+reasons that need the model. Lists fail at their first wrong item (`fail_fast`): a report of each would take
+seconds for a large body. Unknown fields are kept aside and logged at debug level: clients send many.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 log = logging.getLogger("llmtool.serve")
 
@@ -21,6 +22,7 @@ JsonObject = dict[str, Any]
 MAX_STOP_STRINGS = 64
 MAX_STOP_CHARS = 1000
 MAX_LOGIT_BIAS = 1024
+MAX_TOKEN_IDS = 2**22  # in one list; the model's context is checked later
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -36,6 +38,17 @@ class Body(BaseModel):
         return self
 
 
+def _check_bias(value: Any) -> Any:
+    """Size and values at once, so that neither is reported per item."""
+    if isinstance(value, dict):
+        if len(value) > MAX_LOGIT_BIAS:
+            raise ValueError(f"should have at most {MAX_LOGIT_BIAS} items, not {len(value)}")
+        for key, bias in value.items():
+            if isinstance(bias, bool) or not isinstance(bias, int | float):
+                raise ValueError(f"should map token ids to numbers, which that of {str(key)[:40]!r} is not")
+    return value
+
+
 class StreamOptions(Body):
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False
@@ -46,7 +59,7 @@ class StructuredOutputs(Body):
 
     json_: JsonObject | str | None = Field(None, alias="json")
     regex: Annotated[str, Field(max_length=65_536)] | None = None
-    choice: Annotated[list[StopString], Field(min_length=1, max_length=1024)] | None = None
+    choice: Annotated[list[StopString], Field(min_length=1, max_length=1024, fail_fast=True)] | None = None
     grammar: Annotated[str, Field(max_length=1_000_000)] | None = None
     json_object: bool | None = None
 
@@ -72,12 +85,16 @@ class GenerationFields(Body):
     n: Annotated[int, Field(ge=1, le=128)] | None = 1
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     seed: Int64 | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
+    stop: (
+        StopString | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None
+    ) = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
+    logit_bias: (
+        Annotated[dict[str, float], BeforeValidator(_check_bias), Field(max_length=MAX_LOGIT_BIAS)] | None
+    ) = None
     user: Annotated[str, Field(max_length=4096)] | None = None
     response_format: ResponseFormat | None = None
     # Sampling, vLLM's names. The bounds keep logits and scores inside float32 and float64.
@@ -86,7 +103,7 @@ class GenerationFields(Body):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = False
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=128, fail_fast=True)] | None = None
     use_beam_search: bool | None = False
     length_penalty: Annotated[float, Field(ge=-10, le=10)] | None = None
     early_stopping: bool | None = False
@@ -94,7 +111,9 @@ class GenerationFields(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: JsonObject | str | None = None
     guided_regex: Annotated[str, Field(max_length=65_536)] | None = None
-    guided_choice: Annotated[list[StopString], Field(min_length=1, max_length=1024)] | None = None
+    guided_choice: (
+        Annotated[list[StopString], Field(min_length=1, max_length=1024, fail_fast=True)] | None
+    ) = None
     guided_grammar: Annotated[str, Field(max_length=1_000_000)] | None = None
     # Output and scheduling, vLLM's names.
     prompt_logprobs: Annotated[int, Field(ge=0, le=100)] | None = None

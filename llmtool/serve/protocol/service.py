@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from llmtool.serve.protocol.chat import MAX_MESSAGES, ChatMessage, Tool
-from llmtool.serve.protocol.common import Body, JsonObject, TokenId
+from llmtool.serve.protocol.common import MAX_TOKEN_IDS, Body, JsonObject, TokenId
 
 
 class ModelCard(BaseModel):
@@ -30,8 +30,10 @@ class TokenizeRequest(Body):
 
     model: Annotated[str, Field(max_length=1024)] | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: (
+        Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)] | None
+    ) = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
@@ -48,7 +50,7 @@ class TokenizeResponse(BaseModel):
 
 class DetokenizeRequest(Body):
     model: Annotated[str, Field(max_length=1024)] | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
 
 
 class DetokenizeResponse(BaseModel):

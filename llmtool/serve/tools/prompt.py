@@ -91,10 +91,19 @@ def with_instructions(
 ) -> list[dict[str, Any]]:
     """`messages` with the tools described in the system message, and calls and results spelled out as text."""
     described = _INSTRUCTIONS.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools))
-    plain = [_plain(message) for message in messages]
+    plain = spelled_out(messages)
     if plain and plain[0]["role"] == "system":
         return [{"role": "system", "content": f"{plain[0]['content']}\n\n{described}"}, *plain[1:]]
     return [{"role": "system", "content": described}, *plain]
+
+
+def spelled_out(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`messages` with calls and results as text, for templates that show neither."""
+    return [_plain(message) for message in messages]
+
+
+def without_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
 
 
 def _plain(message: dict[str, Any]) -> dict[str, Any]:
