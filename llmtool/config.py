@@ -6,6 +6,7 @@ Flag names are vLLM's where it has one. An unknown key is an error. `resolve` me
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping
@@ -171,15 +172,18 @@ def resolve(
 
 
 def read_toml(path: str | Path | None) -> dict[str, Any]:
+    """The settings in a TOML file, or a JSON one as `--print-config --json` prints it."""
     if path is None:
         return {}
     try:
         with Path(path).open("rb") as f:
-            data = tomllib.load(f)
+            data = json.load(f) if Path(path).suffix == ".json" else tomllib.load(f)
     except FileNotFoundError:
         raise UsageError(f"The configuration file {path} does not exist.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise UsageError(f"The configuration file {path} is not valid TOML: {e}.") from None
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UsageError(f"The configuration file {path} is not valid TOML or JSON: {e}.") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"The configuration file {path} is no table of settings.")
     return {k.replace("-", "_"): v for k, v in data.items()}
 
 
@@ -210,7 +214,10 @@ def coerce(key: str, value: Any, hint: Any) -> Any:
             if option is str and isinstance(value, str):
                 return value
             if get_origin(option) is tuple:
-                return tuple(value.split(",")) if isinstance(value, str) else tuple(value)
+                items = value.split(",") if isinstance(value, str) else value
+                return tuple(coerce(key, item, get_args(option)[0]) for item in items)
+            if get_origin(option) is Mapping:
+                return dict(json.loads(value) if isinstance(value, str) else value)
         except (ValueError, KeyError, AttributeError, TypeError):
             continue
     raise UsageError(f"Setting {key!r} cannot be {value!r}.")

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from llmtool.cli import engine_flags as engine
 from llmtool.cli.command import ConfigFile, JsonFlag, PrintConfig, QuietFlag, command, optional_size
 from llmtool.cli.output import Output
-from llmtool.config import EngineConfig, field_names, resolve
+from llmtool.config import EngineConfig, ServerConfig, as_dict, field_names, resolve
 from llmtool.errors import UsageError
 
 if TYPE_CHECKING:
     from llmtool.bench.config import BenchConfig
 
+T = TypeVar("T")
+MASK = "***"  # in place of a key
 _data, _load, _ask = "Dataset", "Load", "Requests"
 
 
@@ -93,7 +96,8 @@ def bench(
         bool | None, _flag(_ask, "Generate the full length whatever the model says.", "--ignore-eos")
     ] = None,
     extra_body: Annotated[str | None, _flag(_ask, "More fields of every request, as JSON.")] = None,
-    timeout: Annotated[float | None, _flag(_ask, "Seconds for one request.")] = None,
+    timeout: Annotated[float | None, _flag(_ask, "Seconds for one request, with --url.")] = None,
+    metric_percentiles: Annotated[str | None, _flag(_ask, "Percentiles to report (50,90,95,99).")] = None,
     save_text: Annotated[bool | None, _flag(_ask, "Keep the generated texts.", "--save-text")] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts, arrivals and sampling.")] = None,
     dtype: engine.Dtype = None,
@@ -146,54 +150,85 @@ def bench(
         return
     if files:
         raise UsageError(f"Unexpected argument {files[0]!r}.", "One model is benched at a time.")
-    bench_config, rest = bench_settings(flags)
-    engine_config = engine_settings(rest, config)
+    bench_config, engine_config, api_key = settings(flags, config)
+    refuse_ignored(flags, bench_config.url)
     if print_config:
-        from llmtool.cli.serve import print_settings
-
-        print_settings(output, engine_config, bench_config)
+        print_settings(bench_config, engine_config, api_key, output)
         return
     result = bench_run.measure(bench_config, engine_config, api_key, output)
     bench_run.report(result, output, output_file, html)
 
 
-def bench_settings(flags: dict[str, Any]) -> tuple[BenchConfig, dict[str, Any]]:
-    """The bench's own settings, and the flags with what the engine shares."""
+def settings(
+    flags: dict[str, Any], config: str | None, environ: Mapping[str, str] | None = None
+) -> tuple[BenchConfig, EngineConfig, str | None]:
+    """What to measure, the engine for it where there is no --url, and the server's key: file < environment < flags.
+    Settings of the other commands are accepted, so that one file serves all."""
     from llmtool.bench.config import BenchConfig, DatasetConfig, LoadConfig
 
+    classes = (EngineConfig, BenchConfig, DatasetConfig, LoadConfig, ServerConfig)
+    known = frozenset[str]().union(*(field_names(cls) for cls in classes))
+
+    def merged(cls: type[T], values: Mapping[str, Any]) -> T:
+        return resolve(cls, values, config, environ, known - field_names(cls))
+
     flags = dict(flags)
-    rates = parse_rates(flags.pop("request_rate"))
+    flags["kv_cache_memory_bytes"] = optional_size(flags.get("kv_cache_memory"))
+    flags["swap_space_bytes"] = optional_size(flags.get("swap_space"))
+    rates = parse_rates(flags.pop("request_rate", None))
     if len(rates) > 1:
         flags["request_rates"] = rates
     elif rates:
-        flags["request_rate"] = rates[0]
-    if flags["extra_body"] is not None:
+        flags["request_rate"], flags["request_rates"] = rates[0], ()
+    if flags.get("extra_body") is not None:
         flags["extra_body"] = _json_object(flags["extra_body"])
-    if flags["goodput"] is not None:
+    if flags.get("goodput") is not None:
         flags["goodput"] = tuple(part for text in flags["goodput"] for part in text.split())
+    if flags.get("metric_percentiles") is not None:
+        flags["metric_percentiles"] = _floats(flags["metric_percentiles"], "list of percentiles", "50,90,99")
+    dataset, load = merged(DatasetConfig, flags), merged(LoadConfig, flags)
+    bench_config = merged(BenchConfig, flags | {"dataset": dataset, "load": load})
+    api_key = merged(ServerConfig, {"api_key": flags.get("api_key")}).api_key
+    return bench_config, merged(EngineConfig, flags), None if api_key == MASK else api_key
 
-    def given(cls: type[Any]) -> dict[str, Any]:
-        return {name: flags[name] for name in field_names(cls) if flags.get(name) is not None}
 
-    dataset, load = DatasetConfig(**given(DatasetConfig)), LoadConfig(**given(LoadConfig))
-    own = given(BenchConfig) | {"dataset": dataset, "load": load}
-    return BenchConfig(**own), flags
+def refuse_ignored(flags: Mapping[str, Any], url: str | None) -> None:
+    """UsageError for flags that this run would not heed."""
+    from llmtool.bench.config import BenchConfig
+
+    if url is None:
+        if flags["timeout"] is not None:
+            raise UsageError("--timeout is for requests over HTTP.", "Give --url, or leave it out.")
+        return
+    shared = field_names(BenchConfig) | {"max_model_len"}
+    engine_only = sorted(field_names(EngineConfig) - shared | {"kv_cache_memory", "swap_space"})
+    given = [f"--{n.replace('_', '-')}" for n in engine_only if flags.get(n) is not None]
+    if given:
+        raise UsageError(
+            f"{', '.join(given)} cannot change the server at {url}.", "Give them to `llmtool serve`."
+        )
 
 
-def engine_settings(flags: dict[str, Any], config: str | None) -> EngineConfig:
-    flags = dict(flags)
-    flags["kv_cache_memory_bytes"] = optional_size(flags["kv_cache_memory"])
-    flags["swap_space_bytes"] = optional_size(flags["swap_space"])
-    return resolve(EngineConfig, flags, config)
+def print_settings(bench: BenchConfig, engine: EngineConfig, api_key: str | None, output: Output) -> None:
+    """Flat, and fit to be given back as --config; the key is not shown."""
+    own = bench.as_dict()
+    # With a server of its own choice there is no engine to set up, and no model but the server's.
+    flat = own if bench.url else own | {k: v for k, v in as_dict(engine).items() if own.get(k) is None}
+    if api_key is not None:
+        flat["api_key"] = MASK
+    output.document(flat)
+    output.table("Settings", ("name", "value"), [(k, str(v)) for k, v in flat.items()])
 
 
 def parse_rates(text: str | None) -> tuple[float, ...]:
-    if text is None:
-        return ()
+    return () if text is None else _floats(text, "request rate", "4, inf, or 1,2,4 for a sweep")
+
+
+def _floats(text: str, what: str, example: str) -> tuple[float, ...]:
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise UsageError(f"{text!r} is no request rate.", "Write 4, inf, or 1,2,4 for a sweep.") from None
+        raise UsageError(f"{text!r} is no {what}.", f"Write {example}.") from None
 
 
 def _json_object(text: str) -> dict[str, Any]:

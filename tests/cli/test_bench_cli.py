@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,3 +43,56 @@ def test_a_knee_that_was_found_is_shown(url: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(file.read_text())["knee"]["request_rate"] == 40
     assert "Highest rate that held: 40 requests/s" in done.stdout
+
+
+def printed(*args: str, env: dict[str, str] | None = None) -> dict[str, Any]:
+    done = bench(*args, "--print-config", "--json", env=env)
+    assert done.returncode == 0, done.stderr
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    settings = json.loads(done.stdout, parse_constant=refuse)
+    assert isinstance(settings, dict)
+    return settings
+
+
+def test_settings_of_the_bench_and_of_serve_from_file_and_environment(tmp_path: Path) -> None:
+    file = tmp_path / "both.toml"
+    file.write_text(
+        'port = 9000\nnum_prompts = 5\nrequest_rate = 2.5\nburstiness = "inf"\nmax_num_seqs = 3\n'
+        'goodput = ["ttft:500", "tpot:99"]\nmetric_percentiles = [50, 99]\n[extra_body]\nmin_p = 0.1\n'
+    )
+    env = {"LLMTOOL_NUM_PROMPTS": "6", "LLMTOOL_PORT": "9001", "LLMTOOL_MAX_CONCURRENCY": "4"}
+    got = printed("--config", str(file), "--random-input-len", "9", env=env)
+    expected = {
+        "num_prompts": 6,
+        "max_concurrency": 4,
+        "request_rate": 2.5,
+        "burstiness": "inf",
+        "max_num_seqs": 3,
+        "goodput": ["ttft:500", "tpot:99"],
+        "metric_percentiles": [50, 99],
+        "extra_body": {"min_p": 0.1},
+        "random_input_len": 9,
+    }
+    assert {k: got[k] for k in expected} == expected
+    assert not any(isinstance(v, dict) for k, v in got.items() if k != "extra_body")
+    again = tmp_path / "again.json"
+    again.write_text(json.dumps(got))
+    assert printed("--config", str(again)) == got
+    assert printed(env={"LLMTOOL_URL": "http://h:1"})["url"] == "http://h:1"
+    assert printed("--url", "http://h:1", env={"LLMTOOL_API_KEY": "secret"})["api_key"] == "***"
+
+
+@pytest.mark.parametrize(
+    "args,said",
+    [
+        (["--url", "http://h:1", "--dtype", "float32", "--swap-space", "1GiB"], "--dtype, --swap-space"),
+        (["--timeout", "5"], "--timeout"),
+        (["--metric-percentiles", "fifty"], "percentiles"),
+    ],
+)
+def test_flags_that_would_be_ignored_are_refused(args: list[str], said: str) -> None:
+    done = bench(*args, "--print-config")
+    assert done.returncode == 2 and said in done.stderr
