@@ -22,6 +22,12 @@ _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _TAIL
+# Words by case: upper or other letters, then lower or other letters, one of the two at least.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def write_tokenizer(path: Path, metadata: Mapping[str, Any], directory: Path) -> None:
@@ -89,12 +95,13 @@ def _pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
     """The splitter behind a value of tokenizer.ggml.pre."""
     if name in ("default", "gpt-2"):
         return pre_tokenizers.ByteLevel(add_prefix_space=False)
-    if name == "smollm":
+    if name in ("smollm", "refact"):
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    patterns = {"llama-bpe": _LLAMA3, "llama3": _LLAMA3, "llama-v3": _LLAMA3, "qwen2": _QWEN2}
+    llama3 = ("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe")
+    patterns = {**dict.fromkeys(llama3, _LLAMA3), "qwen2": _QWEN2, "tekken": _TEKKEN}
     if name not in patterns:
-        known = ", ".join(["gpt-2", "smollm", *patterns])
+        known = ", ".join(["gpt-2", "smollm", "refact", *patterns])
         raise ModelError(
             f"The GGUF file's pre-tokenizer {name!r} is not known here; {known} are.",
             "Use the model's original Hugging Face directory.",

@@ -21,7 +21,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     A weight in float32 beside narrower x (Gemma's 1 + w) is applied before the result is narrowed.
     """
-    return F.rms_norm(x, (x.shape[-1],), weight, eps).to(x.dtype)
+    if weight.dtype == x.dtype:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:

@@ -3,47 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from llmtool.errors import ModelError
 from llmtool.models import gguf as converter
+from llmtool.models.gguf_families import family_of
+from llmtool.models.gguf_file import GGUFFile
 from llmtool.models.loader import load
 from llmtool.models.resolve import resolve
-from llmtool.models.tokenizer import BYTE_OF_CHAR, Tokenizer
+from llmtool.models.tokenizer import Tokenizer
 from llmtool.modelspec import ModelSpec
+from tests.models.conftest import build
+from tests.models.gguf_writer import TOKENS, Quantise, write
 from tests.models.paged import PagedSequences
 
 Tiny = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-CONTROL = ["<|end|>", "<|start|>"]
-TOKENS = [*CONTROL, *BYTE_OF_CHAR, "Ġt", "he", "Ġthe", "ĊĊ", "<tool>"]
-MERGES = ["Ġ t", "h e", "Ġt he", "Ċ Ċ"]
-PIECES = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁these"]
-PIECES = [*dict.fromkeys(PIECES), "th", "the", "▁the"]
-TYPES = [3, 3, *[1] * 256, 1, 1, 1, 1, 4]
 
 
 @pytest.fixture(autouse=True)
@@ -51,129 +37,85 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMTOOL_CACHE", str(tmp_path / "cache"))
 
 
-def gguf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if stem in NAMES:
-        return f"{NAMES[stem]}.{kind}"
-    layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{NAMES[part]}.{kind}"
+# Family, llama.cpp's name, what of the configuration a GGUF file has no place for, keys of newer files.
+CONVERTED: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", "llama", {}, {}),
+    ("smollm", "llama", {}, {}),
+    ("llama-biased", "llama", {"mlp_bias": False}, {}),
+    ("linear-rope", "llama", {}, {}),
+    ("qwen2", "qwen2", {}, {}),
+    ("qwen3", "qwen3", {}, {}),
+    ("yarn-rope", "qwen3", {}, {}),
+    ("gemma2", "gemma2", {"query_pre_attn_scalar": 16}, {}),
+    (
+        "gemma3",
+        "gemma3",
+        {"query_pre_attn_scalar": 16},
+        {"gemma3.attention.sliding_window_pattern": 3, "gemma3.rope.freq_base_swa": 100.0},
+    ),
+    ("phi3-window", "phi3", {}, {}),
+    ("phi3-longrope", "phi3", {}, {}),
+    ("olmo2", "olmo2", {}, {}),
+    ("granite", "granite", {"mlp_bias": False}, {}),
+    ("smollm3", "smollm3", {"no_rope_layer_interval": 4, "num_hidden_layers": 4}, {}),
+    ("mixtral", "llama", {}, {}),
+    ("qwen2-moe", "qwen2moe", {"mlp_only_layers": []}, {}),
+    ("qwen3-moe", "qwen3moe", {"decoder_sparse_step": 1}, {}),
+]
 
 
-def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """llama.cpp's LlamaModel.permute: row r of the second half of a head comes after row r of the first."""
-    order = [
-        head * (len(weight) // heads) + half * (len(weight) // heads // 2) + pair
-        for head in range(heads)
-        for pair in range(len(weight) // heads // 2)
-        for half in range(2)
-    ]
-    return weight[order]
-
-
-def write(
-    path: Path,
-    model: transformers.PreTrainedModel,
-    arch: str,
-    extra: dict[str, Any] | None = None,
-    pre: str = "smollm",
-) -> Path:
-    config = model.config
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_dim)
-    if pre == "sentencepiece":
-        writer.add_tokenizer_model("llama")
-        writer.add_token_list(PIECES)
-        writer.add_token_types([2, 3, 3, *[6] * 256, *[1] * (len(PIECES) - 259)])
-        writer.add_token_scores([-float(i) for i in range(len(PIECES))])
-    else:
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(pre)
-        writer.add_token_list(TOKENS)
-        writer.add_token_types(TYPES)
-        writer.add_token_merges(MERGES)
-    writer.add_eos_token_id(0 if pre != "sentencepiece" else 2)
-    writer.add_bos_token_id(1)
-    writer.add_chat_template("{{ messages[0]['content'] }}<|end|>")
-    for key, value in (extra or {}).items():
-        {str: writer.add_string, float: writer.add_float32, bool: writer.add_bool, int: writer.add_uint32}[
-            type(value)
-        ](key, value)
-    for name, weight in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        if arch == "llama" and "q_proj" in name:
-            weight = permuted(weight, config.num_attention_heads)
-        if arch == "llama" and "k_proj" in name:
-            weight = permuted(weight, config.num_key_value_heads)
-        writer.add_tensor(gguf_name(name), weight.numpy())
-    if config.rope_parameters.get("rope_type") == "llama3":
-        rotary = model.model.rotary_emb
-        plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2) / head_dim)
-        writer.add_tensor("rope_freqs.weight", (plain / rotary.inv_freq).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize(
-    ("family", "arch"),
-    [
-        ("llama", "llama"),
-        ("smollm", "llama"),
-        ("llama-biased", "llama"),
-        ("qwen2", "qwen2"),
-        ("qwen3", "qwen3"),
-    ],
-)
-def test_a_converted_model_is_the_model(tiny: Tiny, tmp_path: Path, family: str, arch: str) -> None:
-    reference, original = tiny(family)
-    if family == "llama-biased":  # llama.cpp has no place for biases of the MLP
-        config = reference.config.to_dict() | {"mlp_bias": False}
-        torch.manual_seed(1)
-        reference = transformers.LlamaForCausalLM(transformers.LlamaConfig.from_dict(config)).eval()
-        original = tmp_path / "original"
-        reference.save_pretrained(original)
-    directory = resolve(str(write(tmp_path / "tiny.gguf", reference, arch)))
-    ids = [5, 9, 33, 2, 71, 8]
+@pytest.mark.parametrize(("family", "arch", "changes", "extra"), CONVERTED)
+def test_a_converted_model_is_the_model(
+    tmp_path: Path, family: str, arch: str, changes: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    reference, original = build(family, **changes).bfloat16().float(), tmp_path / "original"
+    reference.save_pretrained(original)
+    directory = resolve(str(write(tmp_path / "tiny.gguf", reference, arch, extra)))
+    ids = [5, 9, 33, 2, 71, 8, 1, 4, 90]
     (ours,) = PagedSequences(load(directory, torch.bfloat16)).step({"a": ids})
     (same,) = PagedSequences(load(original, torch.bfloat16)).step({"a": ids})
     assert torch.equal(ours, same)
     spec, expected = ModelSpec.from_dir(directory), ModelSpec.from_dir(original)
-    assert (spec.ropes, spec.norm_eps, spec.max_positions) == (
-        expected.ropes,
-        expected.norm_eps,
-        expected.max_positions,
+    assert replace(spec, pad_id=None) == replace(
+        expected, dtype="bfloat16", eos_ids=(0,), bos_id=1, pad_id=None
     )
-    assert (spec.eos_ids, spec.bos_id) == ((0,), 1)
 
 
-def test_quantised_weights_are_dequantised(tiny: Tiny, tmp_path: Path) -> None:
-    reference, _ = tiny("smollm")
-    path = write(tmp_path / "a.gguf", reference, "llama")
-    weight = torch.randn(8, 64)
-    writer = gguf.GGUFWriter(tmp_path / "b.gguf", "llama")
-    packed = gguf.quants.quantize(weight.numpy(), gguf.GGMLQuantizationType.Q8_0)
-    writer.add_tensor("blk.0.ffn_up.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16"])
+def test_quantised_models_are_dequantised(tmp_path: Path, kind: str) -> None:
+    quantise = Quantise[kind]
+    model = build(
+        "mixtral" if kind == "Q8_0" else "llama", hidden_size=64, num_attention_heads=2, intermediate_size=96
+    )
+    directory = resolve(str(write(tmp_path / "a.gguf", model, "llama", quantise=quantise)))
+    stored = load_file(directory / "model.safetensors")
+    for name, weight in model.state_dict().items():
+        if name in stored and weight.dim() == 2:
+            steps = {"Q4": 8, "Q5": 16, "Q8": 128, "BF": 256, "F1": 256}[kind[:2]]
+            error = (stored[name].float() - weight).abs().amax() / weight.abs().amax()
+            assert 0 < error < 1 / steps, name
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_of_single_and_stacked_matrices(tmp_path: Path, kind: str) -> None:
+    """Bytes at random, which the gguf package reads its way."""
+    block, size = gguf.GGML_QUANT_SIZES[Quantise[kind]]
+    packed = np.random.default_rng(1).integers(0, 60, (3, 4, 2 * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "k.gguf", "qwen3moe")
+    writer.add_tensor("blk.0.ffn_up_exps.weight", packed, raw_dtype=Quantise[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    file = converter.GGUFFile(path)
-    tensor = next(t for t in gguf.GGUFReader(tmp_path / "b.gguf").tensors)
-    read = file.read("model.layers.0.mlp.up_proj.weight", tensor)
-    assert read.dtype == torch.bfloat16
-    torch.testing.assert_close(read.float(), weight, atol=0.03, rtol=0.02)
+    file = GGUFFile(tmp_path / "k.gguf")
+    family = family_of(file)
+    weights = list(converter.weights(file, family))
+    assert [w.name for w in weights] == [f"model.layers.0.mlp.experts.{e}.up_proj.weight" for e in range(3)]
+    for e, weight in enumerate(weights):
+        expected = torch.from_numpy(gguf.quants.dequantize(packed[e], Quantise[kind]))
+        read = converter.read(file, family, weight)
+        assert read.shape == (4, 2 * block) and weight.nbytes == read.numel() * 2
+        assert torch.equal(read, expected.to(torch.bfloat16)) and read.float().std() > 0
 
 
 def test_llama3_scaling_is_found_again_from_its_divisors(tmp_path: Path) -> None:
@@ -224,13 +166,25 @@ def test_tokenizer_of_a_file(tiny: Tiny, tmp_path: Path) -> None:
     assert [tokenizer.id_to_piece(i) for i in prompt.token_ids] == ["he", "<|end|>"]
 
 
-def test_sentencepiece_tokenizer_of_a_file(tiny: Tiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "arch", "word"),
+    [
+        ("smollm", "llama", "▁the"),
+        ("phi3", "phi3", "▁the"),
+        ("gemma2", "gemma2", "the"),
+        ("gemma3", "gemma3", "the"),
+    ],
+)
+def test_sentencepiece_tokenizer_of_a_file(
+    tiny: Tiny, tmp_path: Path, family: str, arch: str, word: str
+) -> None:
+    """Gemma puts no space before a text."""
     extra = {"tokenizer.ggml.add_bos_token": True}
-    path = write(tmp_path / "a.gguf", tiny("smollm")[0], "llama", extra, pre="sentencepiece")
+    path = write(tmp_path / "a.gguf", tiny(family)[0], arch, extra, pre="sentencepiece")
     tokenizer = Tokenizer.from_dir(resolve(str(path)))
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
     ids = tokenizer.encode("the é</s>")
-    assert [tokenizer.id_to_piece(i) for i in ids] == ["<s>", "▁the", "▁", "<0xC3>", "<0xA9>", "</s>"]
+    assert [tokenizer.id_to_piece(i) for i in ids] == ["<s>", word, "▁", "<0xC3>", "<0xA9>", "</s>"]
     assert tokenizer.decode(ids) == "the é"
     assert tokenizer.has_chat_template
 
@@ -242,6 +196,9 @@ def test_sentencepiece_tokenizer_of_a_file(tiny: Tiny, tmp_path: Path) -> None:
         ("smollm", ["ĊĊ", "1", "2", "3"]),
         ("qwen2", ["ĊĊ", "1", "2", "3"]),
         ("llama-bpe", ["ĊĊ", "123"]),
+        ("refact", ["ĊĊ", "1", "2", "3"]),
+        ("dbrx", ["ĊĊ", "123"]),
+        ("tekken", ["ĊĊ", "1", "2", "3"]),
     ],
 )
 def test_pre_tokenizers_split_as_their_models_do(
@@ -256,14 +213,14 @@ def test_pre_tokenizers_split_as_their_models_do(
 @pytest.mark.parametrize(
     ("arch", "extra", "pre", "message"),
     [
-        ("gemma2", {}, "smollm", "architecture 'gemma2'"),
-        ("llama", {"llama.expert_count": 8}, "smollm", "mixture of experts"),
+        ("mamba", {}, "smollm", "architecture 'mamba'"),
+        ("llama", {"llama.expert_count": 8}, "smollm", "expert_used_count"),
         ("llama", {"split.count": 3}, "smollm", "one of 3 parts"),
         (
             "llama",
-            {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0},
+            {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0},
             "smollm",
-            "rotary embeddings by yarn",
+            "rotary embeddings by longrope",
         ),
         ("llama", {"llama.rope.dimension_count": 4}, "smollm", "turns 4 of a head's 8"),
         ("llama", {}, "klingon", "pre-tokenizer 'klingon'"),
@@ -324,3 +281,25 @@ def test_smollm2_as_converted(smollm2: Path) -> None:
     assert (tokenizer.id_to_piece(2), tokenizer.eos_id) == ("<|im_end|>", 2)
     # SmolLM2 was trained with digits split off first: two newlines before one stay a single token.
     assert [tokenizer.id_to_piece(i) for i in tokenizer.encode("a\n\n12")] == ["a", "ĊĊ", "1", "2"]
+
+
+def test_gemma3_as_converted(tmp_path: Path) -> None:
+    """The real Gemma-3-270M in Q4_K_M, beyond its window of 512 tokens, against transformers."""
+    path = os.environ.get("LLMTOOL_GEMMA3_GGUF")
+    if not path:
+        pytest.skip("LLMTOOL_GEMMA3_GGUF names no file")
+    directory = resolve(path)
+    spec = ModelSpec.from_dir(directory)
+    assert spec.num_parameters == 268_098_176
+    assert spec.windows == ((512,) * 5 + (None,)) * 3
+    tokenizer = Tokenizer.from_dir(directory)
+    text = "The sea was calm. " * 130 + "The capital of France is"
+    ids = tokenizer.encode(text)
+    assert ids[0] == spec.bos_id and len(ids) > 600 and tokenizer.decode(ids) == text
+    reference = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    with torch.inference_mode():
+        expected = reference(torch.tensor([ids])).logits[0]
+    ours = PagedSequences(load(directory, torch.float32), tokens_per_page=16, num_pages=64)
+    logits = torch.cat([ours.step({"a": ids[i : i + 200]})[0] for i in range(0, len(ids), 200)])
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=0)
+    assert tokenizer.decode([int(logits[-1].argmax())]).strip() == "Paris"
