@@ -20,8 +20,9 @@ from llmtool.serve.chat import ChatCall
 from llmtool.serve.completions import CompletionCall
 from llmtool.serve.context import ServeContext
 from llmtool.serve.errors import add_error_handlers, documented, envelope
+from llmtool.serve.logs import RequestLog
 from llmtool.serve.metrics import ServerMetrics
-from llmtool.serve.middleware import ApiKey, BodyLimit, RequestId
+from llmtool.serve.middleware import ApiKey, BodyLimit, HeadAsGet, RequestId
 from llmtool.serve.ports import Engine
 from llmtool.serve.protocol.chat import ChatRequest, ChatResponse
 from llmtool.serve.protocol.completions import CompletionRequest, CompletionResponse
@@ -75,9 +76,11 @@ def create_app(
     add_error_handlers(app)
     app.add_exception_handler(ClientGone, _on_client_gone)
     # The last one added is the outermost.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(BodyLimit, max_bytes=config.max_body_bytes)
     if config.api_key:
         app.add_middleware(ApiKey, key=config.api_key)
+    app.add_middleware(RequestLog)
     app.add_middleware(RequestId)
     if config.allowed_origins:
         app.add_middleware(
@@ -139,7 +142,7 @@ def _add_generation(app: FastAPI, context: ServeContext) -> None:
         tags=["OpenAI"],
     )
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
-        return await CompletionCall(context, body).run(request)
+        return await CompletionCall(context, body, request.state.arrival).run(request)
 
     @app.post(
         "/v1/chat/completions",
@@ -148,7 +151,7 @@ def _add_generation(app: FastAPI, context: ServeContext) -> None:
         tags=["OpenAI"],
     )
     async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
-        return await ChatCall(context, body).run(request)
+        return await ChatCall(context, body, request.state.arrival).run(request)
 
     @app.get("/v1/models", responses=documented(401), tags=["OpenAI"])
     async def list_models() -> ModelList:

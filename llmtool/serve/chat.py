@@ -26,11 +26,12 @@ from llmtool.serve.tools.parser import CallArguments, CallStart, Event, Text
 class ChatCall:
     """One call: `run` gives its response."""
 
-    def __init__(self, context: ServeContext, body: ChatRequest) -> None:
+    def __init__(self, context: ServeContext, body: ChatRequest, arrival: float) -> None:
         self._context = context
         self._body = body
         self._id = new_id("chatcmpl")
         self._created = int(time.time())
+        self._arrival = arrival
         self._names = TokenNames(context.tokenizer, bool(body.return_tokens_as_token_ids))
         self._n = body.n or 1
         self._tools = ToolUse.of(body)
@@ -42,6 +43,7 @@ class ChatCall:
         context.check_serving()
         context.check_model(body.model)
         generation = await until_disconnect(request.receive, self._start())
+        request.state.usage = generation.usage
         if body.stream:
             return EventStream(self._events(generation), generation.abort, context.send_timeout)
         return await until_disconnect(request.receive, self._whole(generation))
@@ -49,6 +51,8 @@ class ChatCall:
     async def _start(self) -> Generation:
         context, body = self._context, self._body
         check_combination(body, bool(body.logprobs))
+        if body.stream and body.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs cannot be streamed in a chat.", param="prompt_logprobs")
         if body.top_logprobs and not body.logprobs:
             raise RequestError("top_logprobs is only allowed with logprobs=true.", param="top_logprobs")
         forced = self._tools.grammar()
@@ -61,7 +65,7 @@ class ChatCall:
             text, bool(body.add_special_tokens), keep=body.truncate_prompt_tokens, param="messages"
         )
         self._prompt = context.fitted(token_ids, body, "messages")
-        return await context.generate(self._id, [self._prompt], params, body)
+        return await context.generate(self._id, [self._prompt], params, body, self._arrival)
 
     def _params(self, grammar: Grammar | None) -> SamplingParams:
         body = self._body

@@ -31,11 +31,12 @@ class Prompt:
 class CompletionCall:
     """One call: `run` gives its response."""
 
-    def __init__(self, context: ServeContext, body: CompletionRequest) -> None:
+    def __init__(self, context: ServeContext, body: CompletionRequest, arrival: float) -> None:
         self._context = context
         self._body = body
         self._id = new_id("cmpl")
         self._created = int(time.time())
+        self._arrival = arrival
         self._names = TokenNames(context.tokenizer, bool(body.return_tokens_as_token_ids))
         self._prompts: list[Prompt] = []
         self._n = body.n or 1
@@ -46,6 +47,7 @@ class CompletionCall:
         context.check_serving()
         context.check_model(body.model)
         generation = await until_disconnect(request.receive, self._start())
+        request.state.usage = generation.usage
         if body.stream:
             return EventStream(self._events(generation), generation.abort, context.send_timeout)
         return await until_disconnect(request.receive, self._whole(generation))
@@ -72,7 +74,8 @@ class CompletionCall:
         )
         await context.check_output_grammar(grammar)
         self._prompts = [await self._prompt(given) for given in _given_prompts(body)]
-        return await context.generate(self._id, [p.token_ids for p in self._prompts], params, body)
+        prompts = [p.token_ids for p in self._prompts]
+        return await context.generate(self._id, prompts, params, body, self._arrival)
 
     async def _prompt(self, given: str | list[int]) -> Prompt:
         body, context = self._body, self._context

@@ -62,7 +62,7 @@ class ServeContext:
             raise ServerDraining("The server is shutting down.", "Send the request to another one.")
 
     def check_model(self, name: str | None) -> None:
-        if name is not None and name != self.model_name:
+        if name and name != self.model_name:  # an empty one is the default, as vLLM takes it
             raise ModelNotFound(
                 f"There is no model {name[:200]!r} here.",
                 f"This server serves {self.model_name!r}.",
@@ -131,7 +131,9 @@ class ServeContext:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         body: GenerationFields,
+        arrival: float,
     ) -> Generation:
+        """arrival: when the HTTP request came, by time.monotonic()."""
         check_prompt_logprobs(sum(map(len, prompts)), params.prompt_logprobs)
         options = TextOptions(
             stop=body.stop_strings,
@@ -147,6 +149,7 @@ class ServeContext:
             prompts,
             params,
             options,
+            arrival,
             priority=body.priority or 0,
             cache_salt=body.cache_salt or "",
         )

@@ -120,11 +120,15 @@ class Generation:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         options: TextOptions,
+        arrival: float,
         *,
         priority: int = 0,
         cache_salt: str = "",
     ) -> Generation:
-        """Admit every prompt or none. Raises what `Engine.add` raises."""
+        """Admit every prompt or none. arrival: of the HTTP request, by time.monotonic().
+
+        Raises what `Engine.add` raises, and RequestError for more answers than it could ever take.
+        """
         total = len(prompts) * params.n
         if total > MAX_SEQUENCES:
             raise RequestError(
@@ -146,7 +150,7 @@ class Generation:
             for stream in streams.values():
                 stream.abort()
             raise
-        observers = [metrics.observe(len(prompt), params) for prompt in prompts]
+        observers = [metrics.observe(len(prompt), params, arrival) for prompt in prompts]
         ordered = [streams[i] for i in range(len(prompts))]
         return cls(ordered, observers, prompts, tokenizer, params, options)
 

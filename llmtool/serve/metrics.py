@@ -80,8 +80,9 @@ class ServerMetrics:
             self._success.labels(model, reason)  # dashboards want the series to exist at zero
         self.registry.register(EngineCollector(engine, prefix))
 
-    def observe(self, num_prompt_tokens: int, params: SamplingParams) -> RequestObserver:
-        return RequestObserver(self, num_prompt_tokens, params)
+    def observe(self, num_prompt_tokens: int, params: SamplingParams, arrival: float) -> RequestObserver:
+        """arrival: of the HTTP request, by time.monotonic(), before its text was tokenized."""
+        return RequestObserver(self, num_prompt_tokens, params, arrival)
 
     def finished(self, reason: str) -> None:
         self._success.labels(self._model, reason).inc()
@@ -91,11 +92,16 @@ class ServerMetrics:
 
 
 class RequestObserver:
-    """One engine request's latencies. Times come from the engine where it reports them, else from here."""
+    """One engine request's latencies, from the arrival of its HTTP request on.
 
-    def __init__(self, metrics: ServerMetrics, num_prompt_tokens: int, params: SamplingParams) -> None:
+    The time per token is the engine's where it reports it, else measured here.
+    """
+
+    def __init__(
+        self, metrics: ServerMetrics, num_prompt_tokens: int, params: SamplingParams, arrival: float
+    ) -> None:
         self._metrics = metrics
-        self._arrival = time.monotonic()
+        self._arrival = arrival
         self._first: dict[int, float] = {}  # by answer
         self._last: dict[int, float] = {}
         self._tokens: dict[int, int] = {}
@@ -121,16 +127,14 @@ class RequestObserver:
         self._open -= 1
         metrics.finished(reason)
         metrics.generation.observe(count)
+        now = time.monotonic()
+        metrics.e2e.observe(now - self._arrival)
         if times is not None and times.first_token >= 0:
-            first, end = times.first_token - times.arrival, times.finished - times.arrival
+            decoding = times.finished - times.first_token
         else:  # a stop string: the engine did not end this answer by itself
-            first, end = (
-                self._first.get(index, self._arrival) - self._arrival,
-                time.monotonic() - self._arrival,
-            )
-        metrics.e2e.observe(end)
+            decoding = now - self._first.get(index, self._arrival)
         if count > 1:
-            metrics.tpot.observe((end - first) / (count - 1))
+            metrics.tpot.observe(decoding / (count - 1))
         if index == 0 and times is not None and times.first_scheduled >= 0:
             metrics.queue.observe(times.first_scheduled - times.arrival)
 

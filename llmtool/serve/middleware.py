@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import re
+import time
 import uuid
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -22,7 +23,7 @@ _GOOD_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class RequestId:
-    """Echoes X-Request-Id, or makes one; also in scope["state"]["request_id"]."""
+    """Echoes X-Request-Id, or makes one. Also in scope["state"]: request_id, and arrival by time.monotonic()."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -33,7 +34,7 @@ class RequestId:
             return
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _GOOD_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        scope.setdefault("state", {}).update(request_id=request_id, arrival=time.monotonic())
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -41,6 +42,25 @@ class RequestId:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class HeadAsGet:
+    """Answers HEAD as GET without its body, as probes and load balancers expect of every GET route."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self.app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        await self.app({**scope, "method": "GET"}, receive, send_head)
 
 
 class ApiKey:

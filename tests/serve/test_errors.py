@@ -132,6 +132,7 @@ async def test_bad_completions(connect: Connect, fields: dict[str, Any], param: 
          "tools", "grammar cannot be used"),
         ({"top_logprobs": 3}, "top_logprobs", "logprobs=true"),
         ({"logprobs": 3}, "logprobs", "valid boolean"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs", "cannot be streamed"),
         ({"max_completion_tokens": 0}, "max_completion_tokens", "greater than or equal to 1"),
         ({"continue_final_message": True}, "continue_final_message", "assistant"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs", "may not set messages"),

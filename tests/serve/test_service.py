@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmtool.config import ServerConfig
 from llmtool.core.stats import EngineStats
+from llmtool.models.tokenizer import Tokenizer
 from llmtool.serve.metrics import one_two_five
 from llmtool.version import __version__
 from tests.serve.conftest import Client, Connect, error_of, says
@@ -55,6 +58,21 @@ async def test_cors(connect: Connect) -> None:
         assert "access-control-allow-origin" not in other.headers
     async with connect() as client:
         assert "access-control-allow-origin" not in (await client.http.get("/health", headers=origin)).headers
+
+
+async def test_head_is_get_without_the_body(connect: Connect) -> None:
+    async with connect() as client:
+        for path in ("/health", "/v1/models"):
+            got, head = await client.http.get(path), await client.http.head(path)
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == got.headers["content-length"]
+        assert (await client.http.head("/v1/completions")).status_code == 405
+        assert not any("head" in path for path in client.app.openapi()["paths"].values())
+
+
+async def test_an_empty_model_is_the_default(connect: Connect) -> None:
+    async with connect() as client:
+        assert (await client.complete(model=""))["model"] == "tiny"
 
 
 async def test_models_and_version(connect: Connect) -> None:
@@ -146,6 +164,20 @@ async def test_request_metrics_count_what_happened(connect: Connect) -> None:
     assert got["vllm:inter_token_latency_seconds_count", ""] >= (tokens - 1) + 1
     assert got["vllm:iteration_tokens_total_count", ""] >= tokens + 2
     assert got["vllm:request_generation_tokens_bucket", "le=2.0"] == 1
+
+
+async def test_latencies_count_from_the_arrival_of_the_request(connect: Connect) -> None:
+    class Slow(Tokenizer):
+        def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+            time.sleep(0.2)
+            return super().encode(text, add_special_tokens)
+
+    known = tiny_tokenizer()
+    async with connect(tokenizer=Slow(known.backend, known.special_tokens, {})) as client:
+        await client.complete("a")
+        got = await scrape(client)
+    for name in ("time_to_first_token_seconds", "e2e_request_latency_seconds"):
+        assert got[f"vllm:{name}_sum", ""] >= 0.2
 
 
 async def test_failed_answers_count_as_errors(connect: Connect) -> None:
