@@ -6,6 +6,7 @@ search has them under `runs`, one entry per rate, and `knee` says which rate hel
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from llmtool.workload.metrics import RequestRecord
 
 SCHEMA_VERSION = 1
 KINDS = ("run", "sweep", "knee")
-REQUIRED = ("duration", "completed", "failed", "input_lens", "output_lens", "ttfts", "itls", "errors")
+REQUIRED = ("duration", "completed", "input_lens", "output_lens", "ttfts", "itls", "errors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,9 @@ class RunResult:
         texts = data.get("generated_texts")
         return cls(
             request_rate=float(data.get("request_rate") or math.inf),
-            metrics={k: v for k, v in data.items() if k not in _NOT_METRICS},
+            # Some of vLLM's versions write no `failed`.
+            metrics={"failed": sum(map(bool, data["errors"]))}
+            | {k: v for k, v in data.items() if k not in _NOT_METRICS},
             client=data.get("client") or {},
             warnings=tuple(data.get("warnings") or ()),
             generated_texts=tuple(texts) if texts is not None else None,
@@ -129,15 +132,20 @@ class BenchResult:
         return head | knee | {"runs": [run.as_dict() for run in self.runs]} | tail
 
     def write(self, path: str | Path) -> None:
-        """One JSON document, put in place in one step: a reader never sees half of it."""
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps(self.as_dict(), allow_nan=False) + "\n", encoding="utf-8")
-            partial.replace(path)
-        except OSError as e:
+        write_json(self.as_dict(), path)
+
+
+def write_json(data: Mapping[str, Any], path: str | Path) -> None:
+    """One JSON document, put in place in one step: a reader never sees half of it. Raises LLMToolError."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(json.dumps(data, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-            raise LLMToolError(f"Cannot write the result {path}: {e.strerror or e}.") from None
+        raise LLMToolError(f"Cannot write the result {path}: {e.strerror or e}.") from None
 
 
 def read_result(path: str | Path) -> BenchResult:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -13,7 +14,7 @@ from llmtool.cli import engine_flags as engine
 from llmtool.cli.command import ConfigFile, JsonFlag, PrintConfig, QuietFlag, command, optional_size
 from llmtool.cli.output import Output
 from llmtool.config import EngineConfig, ServerConfig, as_dict, field_names, resolve
-from llmtool.errors import UsageError
+from llmtool.errors import LLMToolError, UsageError
 
 if TYPE_CHECKING:
     from llmtool.bench.config import BenchConfig
@@ -143,10 +144,13 @@ def bench(
 
     output = Output(as_json, quiet)
     if compare:
-        bench_run.compare_files([*compare, *([model] if model else []), *(files or [])], output, html)
+        bench_run.compare_files(
+            [*compare, *([model] if model else []), *(files or [])], output, output_file, html
+        )
         return
     if show is not None:
-        bench_run.show_file(show, output, html)
+        with _document_shown(output):
+            bench_run.show_file(show, output, html)
         return
     if files:
         raise UsageError(f"Unexpected argument {files[0]!r}.", "One model is benched at a time.")
@@ -155,8 +159,22 @@ def bench(
     if print_config:
         print_settings(bench_config, engine_config, api_key, output)
         return
+    bench_run.check_writable(output_file, html)
     result = bench_run.measure(bench_config, engine_config, api_key, output)
-    bench_run.report(result, output, output_file, html)
+    with _document_shown(output):
+        bench_run.report(result, output, output_file, html)
+
+
+@contextmanager
+def _document_shown(output: Output) -> Iterator[None]:
+    """An error after the result: under --json stdout has its one document already, the error is for stderr."""
+    try:
+        yield
+    except LLMToolError as error:
+        if not output.as_json or isinstance(error, UsageError):
+            raise
+        Output(quiet=output.quiet).error(error)
+        raise typer.Exit(error.exit_code) from None
 
 
 def settings(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llmtool.bench.compare import CompareResult, compare
@@ -11,12 +13,12 @@ from llmtool.bench.config import BenchConfig
 from llmtool.bench.html import write_html
 from llmtool.bench.inprocess import EngineBackend, EngineOptions
 from llmtool.bench.load import Progress, ProgressCallback
-from llmtool.bench.result import BenchResult, RunResult, read_result
+from llmtool.bench.result import BenchResult, RunResult, read_result, write_json
 from llmtool.bench.run import connect, run_bench, run_blocking
 from llmtool.bench.tokenizer import ModelTokenizer, ServerTokenizer, load_tokenizer
 from llmtool.cli.output import Output, size
 from llmtool.config import EngineConfig
-from llmtool.errors import LLMToolError, UsageError
+from llmtool.errors import LLMToolError, ThresholdMissed, UsageError
 
 Bar = Callable[[str, float | None], None]
 _LATENCIES = (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("e2el", "End to end"))
@@ -74,12 +76,8 @@ def _on(bar: Bar) -> ProgressCallback:
 
 
 def report(result: BenchResult, output: Output, json_file: str | None, html_file: str | None) -> None:
-    if json_file is not None:
-        result.write(json_file)
-        output.hint(f"Result written to {json_file}")
-    if html_file is not None:
-        write_html(result, html_file)
-        output.hint(f"Report written to {html_file}")
+    """Shows the result, then writes it: a disk that is full costs the file but not the figures. ThresholdMissed
+    where what was asked for was not reached."""
     output.document(result.as_dict())
     if result.kind == "run":
         _show_run(result, output)
@@ -87,8 +85,53 @@ def report(result: BenchResult, output: Output, json_file: str | None, html_file
         _show_sweep(result, output)
     for warning in result.warnings:
         output.warn(warning)
+    if json_file is not None:
+        result.write(json_file)
+        output.hint(f"Result written to {json_file}")
+    if html_file is not None:
+        write_html(result, html_file)
+        output.hint(f"Report written to {html_file}")
     if not any(run.metrics["completed"] for run in result.runs):
         raise LLMToolError("No request succeeded.")
+    if missed := missed_objectives(result):
+        raise ThresholdMissed(f"Missed: {'; '.join(missed)}.")
+
+
+def missed_objectives(result: BenchResult) -> list[str]:
+    """What a run or search did not reach, in words. A sweep goes beyond them on purpose: it misses none."""
+    if result.kind == "knee":
+        found = (result.knee or {}).get("request_rate") is not None
+        return [] if found else ["no rate held the objectives"]
+    if result.kind != "run":
+        return []
+    m = result.runs[0].metrics
+    missed = [
+        f"{slo['slo']} (measured {_ms(slo['measured_ms'])} ms)"
+        for slo in m.get("slos") or ()
+        if slo.get("met") is False
+    ]
+    attained, wanted = m.get("slo_attainment"), result.config.get("slo_attainment")
+    if attained is not None and wanted is not None and attained < wanted:
+        missed.append(
+            f"{100 * attained:.1f} % of the requests met the objectives, {100 * wanted:g} % were asked for"
+        )
+    return missed
+
+
+def check_writable(*files: str | None) -> None:
+    """UsageError, before anything is measured, where a result could not be written."""
+    for file in files:
+        if file is None:
+            continue
+        path = Path(file)
+        if path.is_dir():
+            raise UsageError(f"{file} is a directory.", "Name a file in it.")
+        if not path.parent.is_dir():
+            raise UsageError(
+                f"The directory {path.parent} does not exist.", f"Create it: mkdir -p {path.parent}"
+            )
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UsageError(f"The directory {path.parent} is not writable.")
 
 
 def _show_run(result: BenchResult, output: Output) -> None:
@@ -171,19 +214,24 @@ def _ms(value: Any) -> str:
 
 
 def show_file(file: str, output: Output, html: str | None) -> None:
+    check_writable(html)
     report(read_result(file), output, None, html)
 
 
-def compare_files(files: list[str], output: Output, html: str | None) -> None:
+def compare_files(files: list[str], output: Output, json_file: str | None, html: str | None) -> None:
     if len(files) != 2:
         raise UsageError(
             f"--compare takes two result files, not {len(files)}.", "llmtool bench --compare A.json B.json"
         )
     if html is not None:
         raise UsageError("--html reports one run; it does not go with --compare.")
+    check_writable(json_file)
     result = compare(read_result(files[0]), read_result(files[1]))
     output.document(result.as_dict())
     show_comparison(result, output)
+    if json_file is not None:
+        write_json(result.as_dict(), json_file)
+        output.hint(f"Comparison written to {json_file}")
 
 
 def show_comparison(result: CompareResult, output: Output) -> None:

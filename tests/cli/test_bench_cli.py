@@ -96,3 +96,35 @@ def test_settings_of_the_bench_and_of_serve_from_file_and_environment(tmp_path: 
 def test_flags_that_would_be_ignored_are_refused(args: list[str], said: str) -> None:
     done = bench(*args, "--print-config")
     assert done.returncode == 2 and said in done.stderr
+
+
+def test_a_bad_path_costs_no_run(tmp_path: Path) -> None:
+    for flag in ("-o", "--html"):
+        done = bench("--url", "http://127.0.0.1:9", flag, str(tmp_path / "no" / "x"))
+        assert done.returncode == 2 and "does not exist" in done.stderr
+
+
+@pytest.mark.parametrize("goal", ["ttft:p99:0.001", "ttft:0.001"])
+def test_a_missed_objective_is_exit_code_3_after_the_report(url: str, tmp_path: Path, goal: str) -> None:
+    file = tmp_path / "r.json"
+    done = bench("--url", url, *SMALL, "--goodput", goal, "-o", str(file))
+    assert done.returncode == 3
+    assert "Missed" in done.stderr and "Output throughput" in done.stdout
+    assert json.loads(file.read_text())["completed"] == 12
+    assert bench("--url", url, *SMALL, "--goodput", "ttft:60000").returncode == 0
+    shown = bench("--show", str(file), "--json")
+    assert shown.returncode == 3 and json.loads(shown.stdout)["completed"] == 12  # one document
+
+
+def test_no_knee_is_exit_code_3(url: str) -> None:
+    limits = ("--knee-min-rate", "20", "--knee-max-rate", "21", "--knee-max-runs", "2")
+    done = bench("--url", url, *SMALL, "--search-knee", *limits, "--goodput", "ttft:0.001")
+    assert done.returncode == 3 and "No rate held the objectives." in done.stdout
+
+
+def test_a_comparison_can_be_written(url: str, tmp_path: Path) -> None:
+    a, out = str(tmp_path / "a.json"), tmp_path / "c.json"
+    assert bench("--url", url, *SMALL, "-o", a, "-q").returncode == 0
+    assert bench("--compare", a, a, "-o", str(out)).returncode == 0
+    verdicts = {m["metric"]: m["verdict"] for m in json.loads(out.read_text())["runs"][0]["metrics"]}
+    assert verdicts["mean_ttft_ms"] == "same"
