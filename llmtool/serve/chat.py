@@ -64,7 +64,7 @@ class ChatCall:
         token_ids = await context.encode(
             text, bool(body.add_special_tokens), keep=body.truncate_prompt_tokens, param="messages"
         )
-        self._prompt = context.fitted(token_ids, body, "messages")
+        self._prompt = context.fitted(token_ids, body, params.max_tokens, "messages")
         return await context.generate(self._id, [self._prompt], params, body, self._arrival)
 
     def _params(self, grammar: Grammar | None) -> SamplingParams:

@@ -73,11 +73,11 @@ class CompletionCall:
             grammar=grammar,
         )
         await context.check_output_grammar(grammar)
-        self._prompts = [await self._prompt(given) for given in _given_prompts(body)]
+        self._prompts = [await self._prompt(given, params.max_tokens) for given in _given_prompts(body)]
         prompts = [p.token_ids for p in self._prompts]
         return await context.generate(self._id, prompts, params, body, self._arrival)
 
-    async def _prompt(self, given: str | list[int]) -> Prompt:
+    async def _prompt(self, given: str | list[int], max_tokens: int | None) -> Prompt:
         body, context = self._body, self._context
         if isinstance(given, str):
             token_ids = await context.encode(
@@ -85,7 +85,7 @@ class CompletionCall:
             )
         else:
             token_ids = given
-        fitted = context.fitted(token_ids, body)
+        fitted = context.fitted(token_ids, body, max_tokens)
         if not body.echo:
             return Prompt(fitted, "")
         if isinstance(given, str) and len(fitted) == len(token_ids):

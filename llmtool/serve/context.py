@@ -100,10 +100,12 @@ class ServeContext:
             )
         return text[-most:]
 
-    def fitted(self, token_ids: list[int], body: GenerationFields, param: str = "prompt") -> list[int]:
+    def fitted(
+        self, token_ids: list[int], body: GenerationFields, max_tokens: int | None, param: str = "prompt"
+    ) -> list[int]:
         """The prompt as the engine gets it: truncated if asked for, refused if it can never fit."""
         limit, vocab = self.engine.info.max_model_len, self.engine.info.vocab_size
-        token_ids = truncated(token_ids, body.truncate_prompt_tokens, limit)
+        token_ids = truncated(token_ids, body.truncate_prompt_tokens, limit, max_tokens or 1)
         check_length(len(token_ids), limit, param)
         if max(token_ids) >= vocab:
             raise RequestError(f"Token id {max(token_ids)} is not in the vocabulary of {vocab}.", param=param)

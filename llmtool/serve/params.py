@@ -184,13 +184,14 @@ def check_length(num_prompt: int, max_model_len: int, param: str = "prompt") -> 
         )
 
 
-def truncated(token_ids: list[int], keep: int | None, max_model_len: int) -> list[int]:
-    """The last `keep` tokens (-1: what leaves room for one more)."""
+def truncated(token_ids: list[int], keep: int | None, max_model_len: int, room: int = 1) -> list[int]:
+    """The last `keep` tokens (-1: what leaves `room` for the output)."""
     if keep is None:
         return token_ids
     if keep == 0:
         raise RequestError(
             "truncate_prompt_tokens must be -1 or positive, not 0.", param="truncate_prompt_tokens"
         )
-    keep = max_model_len - 1 if keep < 0 else keep
-    return token_ids[-keep:] if keep else token_ids
+    # With no room for any prompt the engine says so, with the numbers.
+    keep = max(1, max_model_len - room) if keep < 0 else keep
+    return token_ids[-keep:]

@@ -211,6 +211,20 @@ async def test_calls_of_the_history_are_kept_without_tools(connect: Connect, tem
     assert ("<tool_call>\n" in prompt) == (template != CHATML)
 
 
+async def test_a_forced_call_that_is_cut_off_leaves_no_text(connect: Connect) -> None:
+    said = '[{"name": "get_weather", "arguments": {"city": "Paris"}}]'
+    total = len(tiny_tokenizer().encode(said))
+    async with connect(says(said)) as client:
+        for tokens in range(1, total):
+            answer = await client.chat(tools=[WEATHER], tool_choice="required", max_tokens=tokens)
+            (choice,) = answer["choices"]
+            assert (choice["finish_reason"], choice["message"]["content"] or "") == ("length", "")
+            chunks = await client.events(
+                URL, messages=USER, tools=[WEATHER], tool_choice="required", max_tokens=tokens
+            )
+            assert not any(c["choices"][0]["delta"].get("content") for c in chunks)
+
+
 async def test_streamed_calls_assemble_to_the_whole(connect: Connect) -> None:
     async with connect(says(f"Hm. {CALL}\n{CALL}")) as client:
         chunks = await client.events(URL, messages=USER, tools=[WEATHER])

@@ -195,7 +195,9 @@ async def test_truncate_prompt_tokens_keeps_the_end(connect: Connect) -> None:
         await client.complete(ids, truncate_prompt_tokens=5)
         assert client.engine.added[-1].prompt == ids[-5:]
         await client.complete(list(range(3, 303)) * 3, truncate_prompt_tokens=-1)
-        assert len(client.engine.added[-1].prompt) == 511
+        assert len(client.engine.added[-1].prompt) == 512 - 16
+        await client.complete(list(range(3, 303)) * 3, truncate_prompt_tokens=-1, max_tokens=100)
+        assert len(client.engine.added[-1].prompt) == 512 - 100
 
 
 @pytest.mark.parametrize("per_step", [1, 3, 100])

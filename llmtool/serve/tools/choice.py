@@ -67,7 +67,9 @@ class ToolUse:
             return None
         if self.mode == "named":
             return NamedCallParser(self.tools[0].function.name)
-        return ToolCallParser({tool.function.name for tool in self.tools}, self.parallel)
+        return ToolCallParser(
+            {tool.function.name for tool in self.tools}, self.parallel, forced=self.mode == "required"
+        )
 
     def finish_reason(self, reason: str | None, num_calls: int) -> str | None:
         """OpenAI's: tool_calls when the model chose to call; a call that was forced by name ends with stop."""

@@ -104,11 +104,15 @@ class NamedCallParser:
 
 
 class ToolCallParser:
-    """Feed it text, get events. names: the tools there are. parallel: False keeps only the first call."""
+    """Feed it text, get events. names: the tools there are. parallel: False keeps only the first call.
 
-    def __init__(self, names: Collection[str], parallel: bool = True) -> None:
+    forced: a grammar makes the output calls and nothing else, so what is left of one that was cut off is no text.
+    """
+
+    def __init__(self, names: Collection[str], parallel: bool = True, forced: bool = False) -> None:
         self._names = frozenset(names)
         self._parallel = parallel
+        self._forced = forced
         self._buffer = ""
         self._raw = ""  # of the call being read: what to give back as text if it is none
         self._state = self._at_start
@@ -131,7 +135,12 @@ class ToolCallParser:
 
     def finish(self) -> list[Event]:
         """No more text comes: unfinished calls whose arguments have not begun were text."""
-        if self._state in (self._at_start, self._in_text, self._after_marker, self._in_call):
+        if not self._forced and self._state in (
+            self._at_start,
+            self._in_text,
+            self._after_marker,
+            self._in_call,
+        ):
             self._text(self._raw + self._buffer)
         self._buffer = self._raw = ""
         return self._take()
