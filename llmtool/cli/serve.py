@@ -49,6 +49,12 @@ def serve(
     metrics_compat: Annotated[
         str | None, typer.Option(help="Names of shared metrics: vllm's, or none.", rich_help_panel=_panel)
     ] = None,
+    log_level: Annotated[
+        str | None,
+        typer.Option(
+            envvar="LLMTOOL_LOG_LEVEL", help="debug, info, warning or error.", rich_help_panel=_panel
+        ),
+    ] = None,
     allow_lark: Annotated[
         bool | None,
         typer.Option("--allow-lark", help="Take lark grammars from clients.", rich_help_panel=_panel),
@@ -102,7 +108,7 @@ def serve(
     if print_config:
         print_settings(output, engine_config, server_config)
         return
-    run(engine_config, server_config, output)
+    run(engine_config, server_config, output, log_level)
 
 
 def print_settings(output: Output, *configs: Any) -> None:
@@ -122,10 +128,14 @@ def read_chat_template(path: str | None) -> str | None:
         raise UsageError(f"Cannot read the chat template {path}: {reason}.") from None
 
 
-def run(engine_config: EngineConfig, server_config: ServerConfig, output: Output) -> None:
+def run(
+    engine_config: EngineConfig, server_config: ServerConfig, output: Output, log_level: str | None
+) -> None:
     # The engine's process starts first and loads while this one imports its HTTP stack.
+    from llmtool.serve.logs import configure_logging
     from llmtool.serve.server import run_server
 
+    configure_logging(log_level)
     chat_template = read_chat_template(server_config.chat_template)
     started: list[AsyncEngine] = []
 
