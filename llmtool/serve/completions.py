@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from llmtool.errors import RequestError
 from llmtool.serve.context import ChunkTemplate, ServeContext, new_id
 from llmtool.serve.generation import Answer, Delta, Generation, collect
-from llmtool.serve.logprobs import TokenNames, completion_logprobs, prompt_logprobs
+from llmtool.serve.logprobs import TextOffsets, TokenNames, completion_logprobs, prompt_logprobs
 from llmtool.serve.params import check_combination, requested_grammar, sampling_params
 from llmtool.serve.protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from llmtool.serve.sse import EventStream, until_disconnect
@@ -149,10 +149,10 @@ class CompletionCall:
         chunks = ChunkTemplate(
             "text_completion", self._id, self._created, self._context.model_name, body.include_usage
         )
-        offsets: dict[int, int] = {}  # by answer: characters its logprobs have named so far
+        offsets: dict[int, TextOffsets] = {}  # by answer
         async for delta in generation.deltas():
             first = delta.index not in offsets
-            offsets.setdefault(delta.index, 0)
+            offsets.setdefault(delta.index, TextOffsets(self._names))
             if self._only_prompt:
                 generation.usage.completion_tokens = 0
                 delta = Delta(delta.index, "", (), finish_reason="length")
@@ -164,7 +164,7 @@ class CompletionCall:
             yield chunks.usage(generation.usage.as_dict())
 
     def _chunk(
-        self, delta: Delta, generation: Generation, first: bool, offsets: dict[int, int]
+        self, delta: Delta, generation: Generation, first: bool, offsets: dict[int, TextOffsets]
     ) -> str | None:
         """The choice of one chunk as JSON text; None when there is nothing to say yet."""
         body, number = self._body, delta.index // self._n
@@ -180,7 +180,6 @@ class CompletionCall:
                 )
                 ids, entries = [*prompt_ids, *ids], [*prompt_entries, *entries]
             shaped = completion_logprobs(ids, entries, self._names, offsets[delta.index])
-            offsets[delta.index] += sum(map(len, shaped["tokens"]))
             logprobs = json.dumps(shaped)
         else:
             logprobs = "null"

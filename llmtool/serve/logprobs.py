@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,19 +28,39 @@ class TokenNames:
         return list(self._tokenizer.token_bytes(token))
 
 
+class TextOffsets:
+    """Where the tokens of one answer begin in its text, in characters.
+
+    A character that several tokens make up counts once, when it is complete: all of them begin where it does.
+    """
+
+    def __init__(self, names: TokenNames) -> None:
+        self._names = names
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def __call__(self, token: int) -> int:
+        """The offset of the next token."""
+        offset = self._offset
+        self._offset += len(self._decoder.decode(bytes(self._names.bytes(token))))
+        return offset
+
+
 def completion_logprobs(
-    token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], names: TokenNames, offset: int = 0
+    token_ids: Sequence[int],
+    logprobs: Sequence[TokenLogprob | None],
+    names: TokenNames,
+    offset_of: TextOffsets | None = None,
 ) -> dict[str, Any]:
-    """OpenAI's legacy shape: parallel lists. offset: characters before the first token."""
+    """OpenAI's legacy shape: parallel lists. offset_of: of the answer that these tokens go on with."""
+    offset_of = offset_of or TextOffsets(names)
     tokens: list[str] = []
     offsets: list[int] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
     for token, entry in zip(token_ids, logprobs, strict=False):
-        text = names(token)
-        tokens.append(text)
-        offsets.append(offset)
-        offset += len(text)
+        tokens.append(names(token))
+        offsets.append(offset_of(token))
         values.append(None if entry is None else max(entry.logprob, _FLOOR))
         tops.append(None if entry is None else _top(entry, names))
     return {"text_offset": offsets, "token_logprobs": values, "tokens": tokens, "top_logprobs": tops}

@@ -179,11 +179,22 @@ async def test_best_of_returns_the_likeliest_first(connect: Connect) -> None:
     assert answer["usage"]["completion_tokens"] == sum(lengths)  # what was generated is what was paid for
 
 
+async def test_tokens_of_a_split_character_begin_where_it_does(connect: Connect) -> None:
+    said = "a🙂b"  # the tiny vocabulary has no emoji: four tokens, one for each byte
+    async with connect(says(said, end=False)) as client:
+        whole = (await client.complete(max_tokens=50, logprobs=0))["choices"][0]
+        chunks = await client.events("/v1/completions", prompt="a", max_tokens=50, logprobs=0)
+    assert whole["text"] == said and whole["logprobs"]["text_offset"] == [0, 1, 1, 1, 1, 2]
+    assert [o for c in chunks for o in c["choices"][0]["logprobs"]["text_offset"]] == [0, 1, 1, 1, 1, 2]
+
+
 async def test_beam_search_reaches_the_engine(connect: Connect) -> None:
     async with connect(says("one", "two")) as client:
         answer = await client.complete(
             n=2, best_of=4, use_beam_search=True, length_penalty=0.5, early_stopping=True, temperature=0
         )
+        await client.complete(n=2, use_beam_search=True)  # no temperature: the engine takes none but 0
+    assert client.engine.added[1].params.temperature == 0
     beam, n = client.engine.added[0].params.beam, client.engine.added[0].params.n
     assert (beam.width, beam.length_penalty, beam.early_stopping, n) == (4, 0.5, True, 2)
     assert [c["text"] for c in answer["choices"]] == ["one", "two"]
