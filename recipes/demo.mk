@@ -3,7 +3,6 @@
 # only shows it, unless the code has changed since.
 
 DEMO := $(OUT)/demo
-DEMO_PORT ?= 8399
 DEMO_FLAGS ?= --num-prompts 32 --request-rate 4 --random-input-len 128 --random-output-len 64
 
 .PHONY: demo
@@ -13,6 +12,6 @@ demo: $(DEMO)/bench.json  ## Serve the embedded model, bench it, print a table
 
 $(DEMO)/bench.json: $(STAMP) $(shell find llmtool kernels -name '*.py')
 	@mkdir -p $(DEMO)
-	recipes/with-server.sh $(DEMO)/server.log $(DEMO_PORT) $(BIN)/llmtool serve -- \
-		$(BIN)/llmtool bench --url http://127.0.0.1:$(DEMO_PORT) $(DEMO_FLAGS) \
+	recipes/with-server.sh $(DEMO)/server.log $(BIN)/llmtool serve -- \
+		$(BIN)/llmtool bench $(DEMO_FLAGS) \
 		--ignore-eos --output $@ --html $(DEMO)/bench.html > /dev/null
