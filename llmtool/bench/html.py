@@ -38,7 +38,7 @@ def html_report(result: BenchResult) -> str:
     return environment.get_template("report.html.j2").render(
         result=result,
         title=result.label or f"{result.model} on {result.backend}",
-        rate=format_rate(main.request_rate),
+        rate=main.arrivals or format_rate(main.request_rate),
         warnings=result.warnings,
         figures=_figures(main.metrics),
         latency_rows=_latency_rows(main.metrics),
@@ -173,7 +173,7 @@ def _sweep_row(run: RunResult) -> list[str]:
     m = run.metrics
     goodput = m.get("request_goodput")
     return [
-        format_rate(run.request_rate),
+        run.arrivals or format_rate(run.request_rate),
         f"{m['request_throughput']:.2f}",
         "–" if goodput is None else f"{goodput:.2f}",
         f"{m['output_throughput']:.1f}",

@@ -37,18 +37,21 @@ class RunResult:
     server: Mapping[str, Any] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     generated_texts: tuple[str, ...] | None = None
+    arrivals: str | None = None  # "trace" or "ramp A to B", where no one rate says it
 
     def as_dict(self) -> dict[str, Any]:
-        out = {"request_rate": _json_rate(self.request_rate), **self.metrics, **self.server}
+        out = {"request_rate": self.arrivals or _json_rate(self.request_rate), **self.metrics, **self.server}
         if self.generated_texts is not None:
             out["generated_texts"] = list(self.generated_texts)
         return out | {"client": dict(self.client), "warnings": list(self.warnings)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RunResult:
-        texts = data.get("generated_texts")
+        texts, rate = data.get("generated_texts"), data.get("request_rate") or math.inf
+        arrivals = rate if isinstance(rate, str) and rate.startswith(("trace", "ramp")) else None
         return cls(
-            request_rate=float(data.get("request_rate") or math.inf),
+            request_rate=math.inf if arrivals else float(rate),
+            arrivals=arrivals,
             # Some of vLLM's versions write no `failed`.
             metrics={"failed": sum(map(bool, data["errors"]))}
             | {k: v for k, v in data.items() if k not in _NOT_METRICS},
@@ -121,7 +124,7 @@ class BenchResult:
             "backend": self.backend,
             "model_id": self.model,
             "seed": self.seed,
-            "num_prompts": self.config.get("num_prompts"),
+            "num_prompts": max(len(run.metrics["errors"]) for run in self.runs),
             "burstiness": self.config.get("burstiness"),
             "max_concurrency": self.config.get("max_concurrency"),
         }

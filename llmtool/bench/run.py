@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ from llmtool.workload.metrics import summarize
 from llmtool.workload.requests import BenchRequest, Tokenizer
 
 T = TypeVar("T")
+UNSHARED = ("random", "copy", "azure", "burstgpt", "lengths")  # made-up prompts without common prefixes
+HIT_SHARE = 0.05  # of their tokens found in a prefix cache: more is no chance
 
 
 async def connect(config: BenchConfig, api_key: str | None = None) -> tuple[BenchConfig, HttpBackend]:
@@ -136,7 +138,31 @@ class _Bench:
             summarize, outcome.records, outcome.duration, config.slos, config.metric_percentiles, config.seed
         )
         offered = rate if rate is not None else load.request_rate
-        return make_run(offered, metrics, outcome.records, outcome.client, server, config.save_text)
+        run = make_run(offered, metrics, outcome.records, outcome.client, server, config.save_text)
+        warnings = (*run.warnings, *self._cautions({**metrics, **server}))
+        return replace(run, warnings=warnings, arrivals=self._arrivals() if rate is None else None)
+
+    def _arrivals(self) -> str | None:
+        load = self._config.load
+        if load.ramp_up_start_rps is not None:
+            return f"ramp {load.ramp_up_start_rps:g} to {load.ramp_up_end_rps:g}"
+        timed = math.isinf(load.request_rate) and all(r.arrival is not None for r in self._requests)
+        return "trace" if timed else None
+
+    def _cautions(self, figures: Mapping[str, Any]) -> Iterator[str]:
+        """What the dataset was meant to be and was not."""
+        data = self._config.dataset
+        if len(self._requests) < data.num_prompts:
+            yield f"The dataset gave {len(self._requests)} requests, not the {data.num_prompts} asked for."
+        unshared = data.dataset_name in UNSHARED and not data.random_prefix_len
+        hits = figures.get("prefix_cache_hit_rate")
+        if hits is None and figures.get("cached_tokens") is not None and figures["total_input_tokens"]:
+            hits = figures["cached_tokens"] / figures["total_input_tokens"]
+        if unshared and hits is not None and hits > HIT_SHARE:
+            yield (
+                f"{100 * hits:.0f} % of the prompt tokens came from the server's prefix cache, though these "
+                "prompts share nothing: it has seen them before. Give another --seed, or restart the server."
+            )
 
     async def _load(
         self,

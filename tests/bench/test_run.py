@@ -215,3 +215,30 @@ def test_two_hundred_streams_at_once() -> None:
     m = result.runs[0].metrics
     assert (m["completed"], m["max_concurrent_requests"]) == (200, 200)
     assert m["total_output_tokens"] == 1200
+
+
+def test_prompts_that_the_server_has_seen_before_are_a_warning() -> None:
+    def warned(dataset: DatasetConfig, share: float) -> bool:
+        result = bench(BenchConfig(dataset=dataset), replace(FAST, cached_share=share))
+        return any("prefix cache" in w for w in result.warnings)
+
+    assert warned(SMALL, 0.5)
+    assert not warned(SMALL, 0.0)
+    assert not warned(replace(SMALL, random_prefix_len=8), 0.5)  # there sharing is the purpose
+
+
+def test_ramps_and_traces_are_recorded_as_such(tmp_path: Path) -> None:
+    ramp = bench(BenchConfig(dataset=SMALL, load=LoadConfig(ramp_up_start_rps=50, ramp_up_end_rps=150)))
+    trace = tmp_path / "t.jsonl"
+    rows = [{"timestamp": 10 * i, "input_length": 8, "output_length": 2, "hash_ids": [i]} for i in range(5)]
+    trace.write_text("\n".join(json.dumps(row) for row in rows))
+    data = DatasetConfig(dataset_name="mooncake", dataset_path=str(trace), trace_block_size=8, num_prompts=9)
+    traced = bench(BenchConfig(dataset=data))
+    for result, said, sent in ((ramp, "ramp 50 to 150", 24), (traced, "trace", 5)):
+        document = result.as_dict()
+        assert (document["request_rate"], document["num_prompts"]) == (said, sent)
+        result.write(tmp_path / "r.json")
+        again = read_result(tmp_path / "r.json")
+        assert again.runs[0].arrivals == said and math.isinf(again.runs[0].request_rate)
+    assert any("5 requests, not the 9" in w for w in traced.warnings)
+    assert not any("asked for" in w for w in ramp.warnings)
