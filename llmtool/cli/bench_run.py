@@ -177,9 +177,9 @@ _MEMORY = {
 
 def _show_sweep(result: BenchResult, output: Output) -> None:
     columns = (
-        "requests/s",
+        "req/s",
         "done",
-        "output tok/s",
+        "tok/s",
         "TTFT p50",
         "TTFT p99",
         "TPOT p50",

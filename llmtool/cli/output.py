@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from llmtool.errors import LLMToolError
+
+# Off a terminal: how often a line says how far a command is.
+PROGRESS_SECONDS = 10.0
+PROGRESS_SHARE = 0.1
 
 
 class Output:
@@ -43,7 +48,11 @@ class Output:
             table.add_column(column, justify="left" if index == 0 else "right")
         for row in rows:
             table.add_row(*row)
-        self._stdout().print(table)
+        # Better a line too long than a figure cut in two.
+        console = self._stdout()
+        natural = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        console.width = max(console.width, natural)
+        console.print(table)
 
     def line(self, text: str) -> None:
         """A result that is one line."""
@@ -94,14 +103,15 @@ class Output:
             yield update
 
     def _plain_progress(self) -> Callable[[str, float | None], None]:
-        """Not a terminal: a line when something new begins."""
-        last = ""
+        """Not a terminal: a line when something new begins, and then every tenth or every ten seconds."""
+        last, shown_at, shown = "", 0.0, 0.0
 
         def update(text: str, fraction: float | None) -> None:
-            nonlocal last
-            head = text.split(":")[0]
-            if head != last:
-                last = head
+            nonlocal last, shown_at, shown
+            head, now, done = text.split(":")[0], time.monotonic(), fraction or 0.0
+            further = done >= shown + PROGRESS_SHARE or done == 1.0 != shown
+            if head != last or further or now >= shown_at + PROGRESS_SECONDS:
+                last, shown_at, shown = head, now, done
                 self.hint(text)
 
         return update

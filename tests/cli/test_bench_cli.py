@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from llmtool.cli.output import Output
+
 SMALL = ("--num-prompts", "12", "--random-input-len", "8", "--random-output-len", "4", "--num-warmups", "0")
 
 
@@ -128,3 +130,21 @@ def test_a_comparison_can_be_written(url: str, tmp_path: Path) -> None:
     assert bench("--compare", a, a, "-o", str(out)).returncode == 0
     verdicts = {m["metric"]: m["verdict"] for m in json.loads(out.read_text())["runs"][0]["metrics"]}
     assert verdicts["mean_ttft_ms"] == "same"
+
+
+def test_no_figure_of_a_sweep_is_cut_on_a_narrow_screen(url: str) -> None:
+    goals = ("--goodput", "e2el:60000")
+    done = bench("--url", url, *SMALL, "--request-rate", "20,40", *goals, env={"COLUMNS": "60"})
+    assert done.returncode == 0
+    rows = [line for line in done.stdout.splitlines() if line.count("│") == 10]
+    assert len(rows) == 2 and "…" not in done.stdout
+    assert all(cell.strip() for row in rows for cell in row.split("│")[1:-1])
+
+
+def test_progress_goes_on_off_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with Output().progress() as update:
+        for i in range(101):
+            update(f"bench: {i} of 100 requests", i / 100)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == "bench: 0 of 100 requests" and lines[-1] == "bench: 100 of 100 requests"
+    assert 10 <= len(lines) <= 12
