@@ -32,7 +32,8 @@ def load(
     seed: int = 0,
     max_length: int | None = None,
 ) -> Decoder:
-    """The decoder of a Hugging Face directory, its weights cast to dtype on device.
+    """The decoder of a Hugging Face directory, its weights cast to dtype on device: native where its family is,
+    through transformers where not.
 
     load_format: auto reads *.safetensors; dummy draws random weights from `seed` and needs config.json only.
     max_length: tokens of the longest sequence to come, if it is less than the model was made for.
@@ -40,6 +41,10 @@ def load(
     that is missing, unexpected or of the wrong shape.
     """
     directory = Path(directory)
+    if not ModelSpec.is_native(directory):
+        from llmtool.models.transformers_backend import load_with_transformers  # seconds of imports
+
+        return load_with_transformers(directory, dtype, torch.device(device), load_format, seed)
     spec = ModelSpec.from_dir(directory)
     weights = allocate(spec, dtype, torch.device(device))
     if load_format == "dummy":

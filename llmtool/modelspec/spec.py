@@ -48,13 +48,7 @@ class ModelSpec:
     def from_dir(cls, path: str | Path) -> ModelSpec:
         """The spec of a Hugging Face directory. Raises ModelError when it has no readable config.json."""
         directory = Path(path)
-        config = _read_json(directory / "config.json")
-        if config is None:
-            raise ModelError(
-                f"{directory} has no config.json, so it is not a Hugging Face model directory.",
-                "Give a directory with config.json and safetensors, a GGUF file, or a hub id.",
-            )
-        return cls.from_config(config, _read_json(directory / "generation_config.json") or {})
+        return cls.from_config(_config(directory), _read_json(directory / "generation_config.json"))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -66,6 +60,14 @@ class ModelSpec:
         from llmtool.modelspec.read import read_spec  # it makes ModelSpecs, and so imports this module
 
         return read_spec(config, generation or {})
+
+    @staticmethod
+    def is_native(path: str | Path) -> bool:
+        """Whether the architecture of a Hugging Face directory has a family here. Raises ModelError as from_dir."""
+        from llmtool.modelspec.read import FAMILIES, TEXT_PARTS, architecture_of
+
+        architecture = architecture_of(_config(Path(path)))
+        return architecture in FAMILIES or architecture in TEXT_PARTS
 
     @property
     def num_layers(self) -> int:
@@ -138,6 +140,16 @@ def _active_width(layer: LayerSpec) -> int:
     if isinstance(mlp, DenseSpec):
         return mlp.intermediate_size
     return mlp.router.top_k * mlp.intermediate_size + mlp.shared_size
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    config = _read_json(directory / "config.json")
+    if config is None:
+        raise ModelError(
+            f"{directory} has no config.json, so it is not a Hugging Face model directory.",
+            "Give a directory with config.json and safetensors, a GGUF file, or a hub id.",
+        )
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

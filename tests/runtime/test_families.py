@@ -1,9 +1,10 @@
-"""Every native family through the whole engine against transformers' generate, whatever the scheduler does."""
+"""Every family, and models that run through transformers, in the whole engine against transformers' generate,
+whatever the scheduler does."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +13,14 @@ import torch
 from llmtool.core.request import SamplingParams
 from llmtool.models.loader import load
 from tests.models.conftest import FAMILIES, build
+from tests.models.foreign import RUNS, save
 from tests.runtime.test_engine_equality import Collector, conversations, make_engine
 from tests.runtime.tiny import MAX_LEN, VOCAB, TinyModel
 
 # transformers turns the keys of its cache anew where a context outgrows longrope's short factors, and no engine
 # with shared pages can: within one set of factors both agree.
-NAMES = sorted(set(FAMILIES) - {"phi3-longrope-long"})
+NAMES = [*sorted(set(FAMILIES) - {"phi3-longrope-long"}), "gpt2", "cohere2"]
+SIZES = {"vocab_size": VOCAB, "max_position_embeddings": MAX_LEN, "num_hidden_layers": 2}
 LONGEST = 64
 CONDITIONS: dict[str, dict[str, Any]] = {
     "chunks, prefix hits and recomputation": {"num_pages": 20, "budget": 13},
@@ -32,6 +35,14 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 Expected = list[tuple[list[int], list[int]]]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny matrices: a second thread only waits
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[TinyModel, Expected]]:
     """name -> (the model here and in transformers, [(prompt, greedy tokens)]); built once."""
@@ -40,8 +51,12 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Ti
     def get(name: str) -> tuple[TinyModel, Expected]:
         if name not in built:
             directory = tmp_path_factory.mktemp(name)
-            reference = build(name, vocab_size=VOCAB, max_position_embeddings=MAX_LEN, num_hidden_layers=2)
-            reference.save_pretrained(directory)
+            if name in RUNS:
+                layers = {"layer_types": RUNS[name]["layer_types"][:2]} if "layer_types" in RUNS[name] else {}
+                reference = save(directory, name, {**RUNS[name], **SIZES, **layers})
+            else:
+                reference = build(name, **SIZES)
+                reference.save_pretrained(directory)
             tiny = TinyModel(load(directory, torch.float32, max_length=LONGEST), reference, directory)
             rng = random.Random(len(name))
             answers = [(prompt, tiny.greedy(prompt, rng.randint(8, 20))) for prompt in conversations(10, 3)]
