@@ -63,6 +63,11 @@ $(ACCEPTANCE_STAMP): $(STAMP) tests/acceptance/requirements.txt tests/acceptance
 	$(VENV)-acceptance/aiperf/bin/python -m pip install $(EXTRA_PIP) --requirement tests/acceptance/requirements-aiperf.txt
 	@touch $@
 
+.PHONY: bench-peers
+bench-peers: $(STAMP)  ## Compare with vLLM, OpenVINO, llama.cpp and transformers (hours; goes on where it stopped)
+	$(BIN)/python -m benchmarks.peers setup --pip '$(EXTRA_PIP)'
+	$(BIN)/python -m benchmarks.peers run $(PEERS_FLAGS)
+
 .PHONY: clean
 clean:  ## Remove what the recipes made
 	rm -rf $(OUT)

@@ -20,7 +20,14 @@ from llmtool.errors import UsageError
 T = TypeVar("T")
 ENV_PREFIX = "LLMTOOL_"
 # Variables with the prefix that are not settings.
-ENV_RESERVED = {"LLMTOOL_DEBUG", "LLMTOOL_DATA", "LLMTOOL_CACHE", "LLMTOOL_API_KEY", "LLMTOOL_LOG_LEVEL"}
+ENV_RESERVED = {
+    "LLMTOOL_DEBUG",
+    "LLMTOOL_DATA",
+    "LLMTOOL_CACHE",
+    "LLMTOOL_PEERS",
+    "LLMTOOL_API_KEY",
+    "LLMTOOL_LOG_LEVEL",
+}
 
 
 @dataclass(frozen=True, slots=True)
