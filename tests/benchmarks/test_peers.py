@@ -263,6 +263,12 @@ def test_a_contender_that_does_not_start_says_why(tmp_path: Path, store: Store) 
     assert all("no such option --quantization" in e for e in errors.values())
 
 
+def test_a_command_that_is_not_there_is_an_error_of_its_contender(tmp_path: Path) -> None:
+    absent = replace(fake(), command=lambda port: [str(tmp_path / "nowhere")])
+    with pytest.raises(ContenderFailed, match="cannot be started"):
+        target.Target(absent, Tokens(), tmp_path / "log")  # type: ignore[arg-type]
+
+
 def test_names_may_end_in_a_star() -> None:
     known = ["llmtool-bf16", "llmtool-int8", "vllm-bf16"]
     assert chosen("vllm-bf16,llmtool*", known, "contender") == known
