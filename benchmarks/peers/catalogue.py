@@ -122,7 +122,7 @@ def catalogue() -> dict[str, Contender]:
         made.append(
             Contender(
                 f"openvino-{weights}", "openvino-genai", bits, command, modes, "openvino", driver=True,
-                prepare=models.convert_openvino,
+                prepare=partial(models.convert_openvino, weights),
             )
         )  # fmt: skip
     for weights, bits, modes in (("bf16", 16, CLOSED), ("q8_0", 8, few), ("q4_0", 4, few)):
@@ -135,7 +135,7 @@ def catalogue() -> dict[str, Contender]:
                 command,
                 modes,
                 "llamacpp",
-                prepare=models.convert_gguf,
+                prepare=partial(models.convert_gguf, weights),
             )
         )
     made.append(

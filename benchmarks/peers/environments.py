@@ -56,7 +56,7 @@ def python_of(environment: str) -> Path:
     return peers_dir() / environment / "bin" / "python"
 
 
-def _run(command: Sequence[str | Path], log: Path, cwd: Path | None = None) -> None:
+def run_step(command: Sequence[str | Path], log: Path, cwd: Path | None = None) -> None:
     """One step of the set-up, its output in `log`. Raises LLMToolError with the log's end."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file:
@@ -79,7 +79,7 @@ def _build_llama_cpp(directory: Path) -> None:
     shutil.rmtree(sources, ignore_errors=True)
     sources.mkdir()
     pip = [directory / "bin" / "python", "-m", "pip", "download", "--quiet", "--no-deps"]
-    _run([*pip, "--no-binary", "llama-cpp-python", f"llama-cpp-python=={LLAMA_CPP}", "-d", sources], log)
+    run_step([*pip, "--no-binary", "llama-cpp-python", f"llama-cpp-python=={LLAMA_CPP}", "-d", sources], log)
     (archive,) = sources.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         tar.extractall(sources, filter="data")
@@ -87,9 +87,9 @@ def _build_llama_cpp(directory: Path) -> None:
     (tree,) = sources.glob("*/vendor/llama.cpp")
     build = directory / "build"
     generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-    _run(["cmake", "-S", tree, "-B", build, *generator, *LLAMA_FLAGS], log)
+    run_step(["cmake", "-S", tree, "-B", build, *generator, *LLAMA_FLAGS], log)
     jobs = str(os.cpu_count() or 1)
-    _run(["cmake", "--build", build, "-j", jobs, "--target", *LLAMA_BINARIES], log)
+    run_step(["cmake", "--build", build, "-j", jobs, "--target", *LLAMA_BINARIES], log)
 
 
 RECIPES = {
@@ -115,14 +115,14 @@ def ensure(name: str, pip_flags: Sequence[str] = (), note: Callable[[str], None]
     note(f"building the environment {name} in {directory} ...")
     log = directory / "setup.log"
     if not python_of(name).is_file():
-        _run([sys.executable, "-m", "venv", directory], log)
+        run_step([sys.executable, "-m", "venv", directory], log)
     pip = [python_of(name), "-m", "pip"]
-    _run([*pip, "install", "--quiet", "--upgrade", "pip"], log)
+    run_step([*pip, "install", "--quiet", "--upgrade", "pip"], log)
     if recipe.packages:
         pinned = ["--constraint", CONSTRAINTS] if recipe.pinned else []
-        _run([*pip, "install", *pip_flags, *pinned, *recipe.packages], log)
+        run_step([*pip, "install", *pip_flags, *pinned, *recipe.packages], log)
     if recipe.removed:
-        _run([*pip, "uninstall", "--yes", *recipe.removed], log)
+        run_step([*pip, "uninstall", "--yes", *recipe.removed], log)
     if recipe.stub:
         _write_stub(name, *recipe.stub)
     if recipe.build:

@@ -53,7 +53,7 @@ def figures(mode: str, outcome: Outcome) -> dict[str, Any]:
             f"{name}_p99_ms": round(float(np.percentile(x, 99)), 3),
         }
     if mode == "single":
-        found["text"] = outcome.records[0].text  # whether it runs the same model
+        found["texts"] = [r.text for r in outcome.records]  # whether it runs the same model
     return found
 
 

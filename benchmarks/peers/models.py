@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.peers.environments import _run, ensure, peers_dir, python_of
+from benchmarks.peers.environments import ensure, peers_dir, python_of, run_step
 from llmtool.models.resolve import resolve
 
 MODEL = "smollm2-135m"
@@ -16,7 +16,6 @@ OPENVINO = {
     "int8": (),
     "int4": ("--group-size", "64", "--ratio", "1.0", "--sym"),
 }
-GGUF = ("bf16", "q8_0", "q4_0")
 
 
 def checkpoint() -> Path:
@@ -34,43 +33,44 @@ def gguf(weights: str) -> Path:
     return peers_dir() / "models" / checkpoint().name / f"{weights}.gguf"
 
 
-def convert_openvino(note: Callable[[str], None] = print) -> None:
-    missing = [w for w in OPENVINO if not openvino(w).is_dir()]
-    if not missing:
+def convert_openvino(weights: str, note: Callable[[str], None] = print) -> None:
+    """By optimum-intel. Does nothing where it is there."""
+    target = openvino(weights)
+    if target.is_dir():
         return
     ensure("openvino-convert", note=note)
+    note(f"converting to OpenVINO {weights} ...")
+    scratch = _scratch(target)
     tool = python_of("openvino-convert").with_name("optimum-cli")
-    for weights in missing:
-        target = openvino(weights)
-        note(f"converting to OpenVINO {weights} ...")
-        scratch = target.with_name(target.name + ".part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.parent.mkdir(parents=True, exist_ok=True)
-        task = ("--task", "text-generation-with-past", "--weight-format", weights)
-        command = [tool, "export", "openvino", "--model", checkpoint(), *task, *OPENVINO[weights], scratch]
-        _run(command, target.parent / "convert.log")
-        scratch.rename(target)
+    task = ("--task", "text-generation-with-past", "--weight-format", weights)
+    command = [tool, "export", "openvino", "--model", checkpoint(), *task, *OPENVINO[weights], scratch]
+    run_step(command, target.parent / "convert.log")
+    scratch.rename(target)
 
 
-def convert_gguf(note: Callable[[str], None] = print) -> None:
-    """llama.cpp's own converter, run in the environment that has transformers, then its own quantiser."""
+def convert_gguf(weights: str, note: Callable[[str], None] = print) -> None:
+    """By llama.cpp's own converter, run in the environment that has transformers, then its own quantiser."""
+    target = gguf(weights)
+    if target.is_file():
+        return
     directory = ensure("llamacpp", note=note)
-    (script,) = (directory / "sources").glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
-    log = gguf("bf16").parent / "convert.log"
-    for weights in GGUF:
-        target = gguf(weights)
-        if target.is_file():
-            continue
-        note(f"converting to GGUF {weights} ...")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_suffix(".part")
-        if weights == "bf16":
-            ensure("transformers", note=note)
-            _run(
-                [python_of("transformers"), script, checkpoint(), "--outtype", "bf16", "--outfile", scratch],
-                log,
-            )
-        else:
-            quantise = directory / "build" / "bin" / "llama-quantize"
-            _run([quantise, gguf("bf16"), scratch, weights], log)
-        scratch.rename(target)
+    if weights != "bf16":
+        convert_gguf("bf16", note)
+    note(f"converting to GGUF {weights} ...")
+    scratch = _scratch(target)
+    log = target.parent / "convert.log"
+    if weights == "bf16":
+        ensure("transformers", note=note)
+        (script,) = (directory / "sources").glob("*/vendor/llama.cpp/convert_hf_to_gguf.py")
+        outputs = ("--outtype", "bf16", "--outfile", scratch)
+        run_step([python_of("transformers"), script, checkpoint(), *outputs], log)
+    else:
+        quantise = directory / "build" / "bin" / "llama-quantize"
+        run_step([quantise, gguf("bf16"), scratch, weights], log)
+    scratch.rename(target)
+
+
+def _scratch(target: Path) -> Path:
+    """Where `target` is built: renamed when it is whole, so that one that was cut is not taken for it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{os.getpid()}.{target.name}")

@@ -7,6 +7,7 @@ INCOMPLETE, and a row without llmtool's own figure is MISSING, never left out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -131,18 +132,25 @@ def _unit(metric: str) -> str:
 
 
 def agreement(store: Store, catalogue: dict[str, Contender]) -> dict[str, float]:
-    """Part of the greedy text that each contender shares with llmtool's at 16 bit, from its start: near 0 means
-    another model or another prompt; other precisions part ways somewhere."""
-    texts = {c.contender: str(c.metrics["text"]) for c in store.cells(mode="single") if c.metrics.get("text")}
-    reference = texts.get("llmtool-bf16", "")
-    if not reference:
-        return {}
-    shared = {}
-    for name in (n for n in catalogue if n in texts):
-        pairs = zip(texts[name], reference, strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(texts[name]), len(reference)))
-        shared[name] = round(same / len(reference), 3)
-    return shared
+    """Part of the greedy text that each contender shares with llmtool's at 16 bit, from its start; of its best
+    prompt. Other precisions part ways somewhere; 0 on every prompt is another model or another prompt.
+    """
+    texts = {
+        c.contender: list(map(str, c.metrics["texts"]))
+        for c in store.cells(mode="single")
+        if c.metrics.get("texts")
+    }
+    reference = texts.get("llmtool-bf16", [])
+
+    def shared(ours: str, theirs: str) -> float:
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+        return sum(1 for _ in same) / max(1, len(ours))
+
+    return {
+        name: round(max(map(shared, reference, texts[name])), 3)
+        for name in catalogue
+        if name in texts and reference
+    }
 
 
 def figures(store: Store) -> dict[str, dict[str, dict[str, Any]]]:

@@ -169,6 +169,16 @@ def test_the_table_shows_every_target(store: Store) -> None:
     assert "llmtool-int8: not measured" in text
 
 
+def test_another_model_shows_in_the_text(store: Store) -> None:
+    texts = {"llmtool-bf16": ["one two", "three"], "same": ["one", "xhree"], "other": ["two", "four"]}
+    for name, said in texts.items():
+        store.add(Cell("run", 0, name, "single", {"texts": said}))
+    assert report.agreement(store, {n: fake(n) for n in ("same", "other", "absent")}) == {
+        "same": round(3 / 7, 3),
+        "other": 0.0,
+    }
+
+
 def test_figures_follow_the_projects_definitions() -> None:
     records = [
         RequestRecord(i, 0.0, ttft, e2e=ttft + 0.9, output_tokens=10, max_tokens=10, success=True, text="t")
@@ -176,7 +186,7 @@ def test_figures_follow_the_projects_definitions() -> None:
     ]
     found = figures("single", Outcome(records, 3.0))
     assert found["ttft_median_ms"] == 200.0 and found["tpot_mean_ms"] == 100.0
-    assert found["output_tok_s"] == 10.0 and found["text"] == "t"
+    assert found["output_tok_s"] == 10.0 and found["texts"] == ["t"] * 3
     assert found["e2el_p99_ms"] == pytest.approx(1492.0)
 
 
