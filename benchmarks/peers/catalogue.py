@@ -18,7 +18,7 @@ NAME = "m"  # under which every server serves the model
 CLOSED = ("start", "single", "prefix", "batch")
 ONLINE = tuple(online(rate) for rate in RATES)
 MODES = (*CLOSED, *ONLINE)
-KV_GIB = 2  # of KV memory for each that can be told
+KV_GIB = 1  # of KV memory for each that can be told: 45,000 tokens, where the largest load needs 26,000
 
 Command = Callable[[int], list[str]]  # the port it shall listen on -> its command line
 
@@ -57,7 +57,8 @@ def _llmtool(extra: tuple[str, ...], port: int) -> list[str]:
         "--served-model-name",
         NAME,
     ]
-    return [*command, "--port", str(port), "--max-model-len", "2048", *extra]
+    limits = ["--max-model-len", "2048", "--kv-cache-memory", f"{KV_GIB}GiB"]
+    return [*command, "--port", str(port), *limits, *extra]
 
 
 def _vllm(port: int) -> list[str]:

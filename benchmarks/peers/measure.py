@@ -23,6 +23,14 @@ from llmtool.workload.metrics import latencies_ms
 from llmtool.workload.requests import BenchRequest
 
 ONCE_ABOVE = 45.0  # seconds; batch and prefix of a contender that needs longer are not repeated
+SHOWN = {  # the metrics that are printed as they come; all are kept
+    "start": ("seconds",),
+    "memory": ("peak_rss_gb",),
+    "single": ("ttft_median_ms", "tpot_median_ms"),
+    "batch": ("seconds", "output_tok_s"),
+    "prefix": ("seconds",),
+    "online": ("ttft_median_ms", "tpot_median_ms", "e2el_mean_ms", "e2el_p99_ms"),
+}
 START_TOKENS = 32  # of the prompt behind the first token
 
 
@@ -157,9 +165,8 @@ class _Block:
             *load, probe=self.probe,
         )  # fmt: skip
         self.store.add(cell)
-        shown = error or ", ".join(
-            f"{k} {v:g}" for k, v in (metrics or {}).items() if isinstance(v, int | float)
-        )
+        kept = {k: v for k, v in (metrics or {}).items() if k in SHOWN.get(mode, SHOWN["online"])}
+        shown = error or ", ".join(f"{k} {v:g}" for k, v in kept.items())
         others = f"  [others {load[0] + load[1]:.0%}]" if taken else ""
         print(f"  {mode}: {shown}{others}", flush=True)
 

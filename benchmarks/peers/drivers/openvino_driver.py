@@ -16,7 +16,7 @@ def main() -> None:
     stream = protocol_stream()
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("--cache", type=int, default=2)
+    parser.add_argument("--cache", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
     args = parser.parse_args()
 
