@@ -285,3 +285,4 @@ class SequenceOutput:
     num_cached_tokens: int = 0
     cumulative_logprob: float = 0.0
     times: RequestTimes | None = None
+    vector: bytes = b""  # of a pooled sequence: float32 in native order
