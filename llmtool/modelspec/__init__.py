@@ -3,6 +3,7 @@
 Never AutoConfig: it imports torch, and a laptop that only plans a deployment has no need of it.
 """
 
+from llmtool.modelspec.encoder import EncoderSpec, HeadSpec
 from llmtool.modelspec.parts import (
     AttentionSpec,
     DenseSpec,
@@ -14,18 +15,22 @@ from llmtool.modelspec.parts import (
     RopeSpec,
     RouterSpec,
 )
+from llmtool.modelspec.pooling import PoolingSpec
 from llmtool.modelspec.spec import DTYPE_BYTES, ModelSpec
 
 __all__ = [
     "AttentionSpec",
     "DTYPE_BYTES",
     "DenseSpec",
+    "EncoderSpec",
     "GateSpec",
+    "HeadSpec",
     "LatentSpec",
     "LayerSpec",
     "ModelSpec",
     "MoESpec",
     "NormSpec",
+    "PoolingSpec",
     "RopeSpec",
     "RouterSpec",
 ]

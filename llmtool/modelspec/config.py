@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from llmtool.errors import ModelError
+
+T = TypeVar("T")
 
 
 class Config:
@@ -108,3 +112,27 @@ def token_ids(*sources: Any) -> tuple[int, ...]:
 
 def _found(value: Any) -> str:
     return "missing" if value is None else f"{value!r}"
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a Hugging Face directory. Raises ModelError when it has none that can be read."""
+    config: dict[str, Any] | None = read_json(directory / "config.json", dict)
+    if config is None:
+        raise ModelError(
+            f"{directory} has no config.json, so it is not a Hugging Face model directory.",
+            "Give a directory with config.json and safetensors, a GGUF file, or a hub id.",
+        )
+    return config
+
+
+def read_json(path: Path, kind: type[T]) -> T | None:
+    """What a JSON file holds, which must be a `kind` (dict or list); None where there is no such file."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        raise ModelError(f"{path} cannot be read as JSON: {e}.") from None
+    if not isinstance(data, kind):
+        raise ModelError(f"{path} must hold a JSON {'object' if kind is dict else 'list'}.")
+    return data

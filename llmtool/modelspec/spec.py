@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmtool.core.memory.geometry import LayerCacheSpec
-from llmtool.errors import ModelError
+from llmtool.modelspec.config import read_config, read_json
 from llmtool.modelspec.parameters import matrices
 from llmtool.modelspec.parts import AttentionSpec, DenseSpec, LayerSpec, NormSpec, RopeSpec
 
@@ -48,7 +47,7 @@ class ModelSpec:
     def from_dir(cls, path: str | Path) -> ModelSpec:
         """The spec of a Hugging Face directory. Raises ModelError when it has no readable config.json."""
         directory = Path(path)
-        return cls.from_config(_config(directory), _read_json(directory / "generation_config.json"))
+        return cls.from_config(read_config(directory), read_json(directory / "generation_config.json", dict))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -66,7 +65,7 @@ class ModelSpec:
         """Whether the architecture of a Hugging Face directory has a family here. Raises ModelError as from_dir."""
         from llmtool.modelspec.read import FAMILIES, TEXT_PARTS, architecture_of
 
-        architecture = architecture_of(_config(Path(path)))
+        architecture = architecture_of(read_config(Path(path)))
         return architecture in FAMILIES or architecture in TEXT_PARTS
 
     @property
@@ -140,25 +139,3 @@ def _active_width(layer: LayerSpec) -> int:
     if isinstance(mlp, DenseSpec):
         return mlp.intermediate_size
     return mlp.router.top_k * mlp.intermediate_size + mlp.shared_size
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    config = _read_json(directory / "config.json")
-    if config is None:
-        raise ModelError(
-            f"{directory} has no config.json, so it is not a Hugging Face model directory.",
-            "Give a directory with config.json and safetensors, a GGUF file, or a hub id.",
-        )
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path} cannot be read as JSON: {e}.") from None
-    if not isinstance(data, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
-    return data
