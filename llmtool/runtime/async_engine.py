@@ -24,7 +24,7 @@ from llmtool.errors import EngineDead, LLMToolError, QueueFull, RequestError
 from llmtool.runtime import engine_process
 from llmtool.runtime.parts import EngineInfo, Progress
 
-TORCH_FACTORY = "llmtool.runtime.executor:build_engine"
+TORCH_FACTORY = "llmtool.runtime.build:build"
 
 
 @contextmanager
@@ -158,16 +158,41 @@ class AsyncEngine:
 
         Raises RequestTooLong, RequestError, QueueFull, EngineDead.
         """
+        if self.info.pooling is not None:
+            raise RequestError("This model is an encoder: it generates nothing.", "Use it for embeddings.")
         self._check(request_id, prompt_token_ids)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        answers = params.n
+        command = ("add", request_id, list(prompt_token_ids), params, priority, cache_salt, seed)
+        return await self._admitted(request_id, params.n, command)
+
+    async def pool(
+        self,
+        request_id: str,
+        inputs: Sequence[Sequence[int]],
+        *,
+        segments: Sequence[int] = (),
+        priority: int = 0,
+    ) -> RequestStream:
+        """Queue inputs of an encoder; their vectors come as outputs with the input's index, in any order.
+
+        segments: where the second text of each pair begins (0: no pair), or nothing. Raises as `add`.
+        """
+        if self.info.pooling is None:
+            raise RequestError("This model generates text: it has no embeddings.", "Serve an encoder.")
+        self._check(request_id, *inputs, param="input")
+        command = ("pool", request_id, [list(token_ids) for token_ids in inputs], list(segments), priority)
+        return await self._admitted(request_id, len(inputs), command)
+
+    async def _admitted(
+        self, request_id: str, answers: int, command: engine_process.Command
+    ) -> RequestStream:
         stream = RequestStream(self, request_id, answers)
         admitted: asyncio.Future[None] = self._loop.create_future()
         self._streams[request_id] = stream
         self._unfinished[request_id] = answers
         self._admissions[request_id] = admitted
         self._idle.clear()
-        self._send(("add", request_id, list(prompt_token_ids), params, priority, cache_salt, seed))
+        self._send(command)
         try:
             await admitted
         except asyncio.CancelledError:
@@ -175,7 +200,7 @@ class AsyncEngine:
             raise
         return stream
 
-    def _check(self, request_id: str, prompt: Sequence[int]) -> None:
+    def _check(self, request_id: str, *prompts: Sequence[int], param: str = "prompt") -> None:
         if self.dead is not None:
             raise self.dead
         if self._draining:
@@ -187,11 +212,13 @@ class AsyncEngine:
                 f"The request id {request_id!r} is in use, or has a slash, which ids may not.",
                 param="request_id",
             )
-        if prompt and not (min(prompt) >= 0 and max(prompt) < self.info.vocab_size):
-            bad = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise RequestError(
-                f"The prompt has token id {bad}; ids go from 0 to {self.info.vocab_size - 1}.", param="prompt"
-            )
+        for prompt in prompts:
+            if prompt and not (min(prompt) >= 0 and max(prompt) < self.info.vocab_size):
+                bad = min(prompt) if min(prompt) < 0 else max(prompt)
+                raise RequestError(
+                    f"The {param} has token id {bad}; ids go from 0 to {self.info.vocab_size - 1}.",
+                    param=param,
+                )
 
     def _abort(self, request_id: str, index: int | None) -> None:
         if request_id in self._streams and self.dead is None:

@@ -10,7 +10,9 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,18 +21,20 @@ from typing import IO, Any
 from llmtool.config import EngineConfig
 from llmtool.core.engine import Engine
 from llmtool.core.memory.uniform import UniformAllocator
+from llmtool.core.pooling import PoolingEngine, PoolingScheduler
 from llmtool.core.ports import RealClock
 from llmtool.core.request import SequenceOutput
 from llmtool.core.scheduler import Scheduler
 from llmtool.core.steplog import StepLogWriter
 from llmtool.errors import EngineDead, LLMToolError, UsageError
-from llmtool.runtime.parts import EngineParts
+from llmtool.runtime.parts import EngineParts, PoolingParts
 
 QUIET = 5.0  # seconds without a request before the engine checks itself
 COMMANDS_PER_STEP = 256
 STATS_INTERVAL = 0.1  # seconds between snapshots while the engine is busy
 
-# ("add", id, prompt, params, priority, cache_salt, seed) | ("abort", id, index) | ("close",)
+# ("add", id, prompt, params, priority, cache_salt, seed) | ("pool", id, inputs, segments, priority)
+# | ("abort", id, index) | ("close",)
 Command = tuple[Any, ...]
 # ("progress", text, fraction) | ("ready", EngineInfo) | ("admitted", id) | ("refused", id, error)
 # | ("step", plain, outputs, num_tokens) | ("stats", EngineStats) | ("failed", error, traceback)
@@ -47,9 +51,7 @@ def main(connection: Connection, config: EngineConfig, factory: str) -> None:
         started = time.monotonic()
         log_file = _open_log(config.step_log)  # before the model is loaded: a bad path should fail at once
         parts = _build(connection, config, factory)
-        scheduler = _scheduler(parts, config)
-        log = StepLogWriter(log_file, scheduler) if log_file is not None else None
-        engine = Engine(scheduler, parts.executor, RealClock(), log)
+        engine = _engine(parts, config, log_file)
         seconds = time.monotonic() - started
         connection.send(("ready", replace(parts.info, load_seconds=seconds, pid=os.getpid())))
         _Loop(connection, engine).run()
@@ -72,17 +74,23 @@ def _open_log(path: str | None) -> IO[str] | None:
         raise UsageError(f"The step log {path} cannot be written: {error.strerror}.") from None
 
 
-def _build(connection: Connection, config: EngineConfig, factory: str) -> EngineParts:
+def _build(connection: Connection, config: EngineConfig, factory: str) -> EngineParts | PoolingParts:
     module, _, function = factory.partition(":")
     build = getattr(import_module(module), function)
     parts = build(config, lambda text, fraction: connection.send(("progress", text, fraction)))
-    assert isinstance(parts, EngineParts)
+    assert isinstance(parts, EngineParts | PoolingParts)
     return parts
 
 
-def _scheduler(parts: EngineParts, config: EngineConfig) -> Scheduler:
+def _engine(
+    parts: EngineParts | PoolingParts, config: EngineConfig, log_file: IO[str] | None
+) -> Engine | PoolingEngine:
+    if isinstance(parts, PoolingParts):
+        return PoolingEngine(PoolingScheduler(parts.scheduler), parts.executor, RealClock())
     allocator = UniformAllocator(parts.group, parts.num_pages, parts.host_pages, config.enable_prefix_caching)
-    return Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids)
+    scheduler = Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids)
+    log = StepLogWriter(log_file, scheduler) if log_file is not None else None
+    return Engine(scheduler, parts.executor, RealClock(), log)
 
 
 def _report(connection: Connection, error: LLMToolError, trace: str) -> None:
@@ -96,7 +104,7 @@ def _report(connection: Connection, error: LLMToolError, trace: str) -> None:
 
 
 class _Loop:
-    def __init__(self, connection: Connection, engine: Engine) -> None:
+    def __init__(self, connection: Connection, engine: Engine | PoolingEngine) -> None:
         self._connection = connection
         self._engine = engine
         self._closing = False
@@ -119,20 +127,27 @@ class _Loop:
     def _handle(self, command: Command) -> None:
         match command:
             case ("add", request_id, prompt, params, priority, cache_salt, seed):
-                try:
-                    self._engine.add(
-                        request_id, prompt, params, priority=priority, cache_salt=cache_salt, seed=seed
-                    )
-                except LLMToolError as error:
-                    self._connection.send(("refused", request_id, error))
-                else:
-                    self._connection.send(("admitted", request_id))
+                assert isinstance(self._engine, Engine)
+                work = partial(self._engine.add, priority=priority, cache_salt=cache_salt, seed=seed)
+                self._admit(request_id, lambda: work(request_id, prompt, params))
+            case ("pool", request_id, inputs, segments, priority):
+                assert isinstance(self._engine, PoolingEngine)
+                pool = partial(self._engine.pool, segments=segments, priority=priority)
+                self._admit(request_id, lambda: pool(request_id, inputs))
             case ("abort", request_id, index):
                 self._send(self._engine.abort(request_id, index), 0)
             case ("close",):
                 self._closing = True
             case _:
                 raise AssertionError(f"unknown command {command[0]!r}")
+
+    def _admit(self, request_id: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except LLMToolError as error:
+            self._connection.send(("refused", request_id, error))
+        else:
+            self._connection.send(("admitted", request_id))
 
     def _step(self) -> None:
         outputs = self._engine.step()

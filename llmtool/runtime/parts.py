@@ -8,18 +8,37 @@ from typing import Protocol
 
 from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import KVCacheGroup
+from llmtool.core.pooling import PoolingExecutor
 from llmtool.core.ports import Executor
 from llmtool.core.stats import EngineStats
 
 Progress = Callable[[str, float], None]
 """(what is being done, fraction in [0, 1])"""
 
-EngineFactory = Callable[[EngineConfig, Progress], "EngineParts"]
+EngineFactory = Callable[[EngineConfig, Progress], "EngineParts | PoolingParts"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingInfo:
+    """What an encoder gives for a text. task: embed | classify. size: numbers of a vector: of an embedding, or one
+    probability per label. matryoshka: embeddings may be cut, to `sizes` or, without any, to every length.
+    normalized: embeddings have length 1. prompt, lowercase: what happens to a text first.
+    """
+
+    task: str
+    size: int
+    labels: tuple[str, ...] = ()
+    normalized: bool = False
+    matryoshka: bool = False
+    sizes: tuple[int, ...] = ()
+    prompt: str = ""
+    lowercase: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """Facts of a running engine. Sizes in bytes; load_seconds: from start to ready."""
+    """Facts of a running engine. Sizes in bytes; load_seconds: from start to ready. pooling: of an encoder, None
+    for what generates."""
 
     model: str
     served_model_name: str
@@ -42,6 +61,7 @@ class EngineInfo:
     num_threads: int
     load_seconds: float = 0.0
     pid: int = 0
+    pooling: PoolingInfo | None = None
 
     @property
     def kv_bytes(self) -> int:
@@ -77,5 +97,14 @@ class EngineParts:
     group: KVCacheGroup
     num_pages: int
     host_pages: int
+    scheduler: SchedulerConfig
+    info: EngineInfo
+
+
+@dataclass(slots=True)
+class PoolingParts:
+    """The same of an encoder: no pages, no tokens to sample."""
+
+    executor: PoolingExecutor
     scheduler: SchedulerConfig
     info: EngineInfo
