@@ -153,10 +153,12 @@ def run(
         info = started[0].info
         output.document({"url": url, "model": info.served_model_name, "pid": info.pid})
         output.line(f"Serving {info.served_model_name} at {url} (docs at {url}/docs; stop with Ctrl-C)")
+        memory = f"KV memory {size(info.kv_bytes)} = {info.num_pages * info.tokens_per_page} tokens"
+        if info.pooling is not None:
+            memory = f"{info.pooling.task}: {info.pooling.size} numbers per text"
         output.hint(
-            f"{info.device}, {info.dtype}, weights {size(info.weight_bytes)}, KV memory {size(info.kv_bytes)} "
-            f"= {info.num_pages * info.tokens_per_page} tokens, context {info.max_model_len}, ready in "
-            f"{info.load_seconds:.1f} s"
+            f"{info.device}, {info.dtype}, weights {size(info.weight_bytes)}, {memory}, context "
+            f"{info.max_model_len}, ready in {info.load_seconds:.1f} s"
         )
 
     run_server(start, server_config, on_listening=listening)

@@ -102,6 +102,26 @@ class Tokenizer:
         # the memory.
         return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
 
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """The same of many texts, on all cores; other Python threads run meanwhile."""
+        return [
+            encoding.ids
+            for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        ]
+
+    def encode_pair(self, first: str, second: str) -> tuple[list[int], int]:
+        """Tokens of a pair of texts, and where the second begins as the model is told; 0 if it is not."""
+        encoding = self.backend.encode(first, second)
+        types: list[int] = encoding.type_ids
+        return encoding.ids, types.index(1) if 1 in types else 0
+
+    @cached_property
+    def ending(self) -> list[int]:
+        """The special tokens that follow every text."""
+        framed, bare = self.encode("a"), self.encode("a", add_special_tokens=False)
+        starts = [i for i in range(len(framed) - len(bare) + 1) if framed[i : i + len(bare)] == bare]
+        return framed[starts[0] + len(bare) :] if starts and bare else []
+
     @cached_property
     def longest_token(self) -> int:
         """Characters of text that one token can stand for at most (spelled as bytes: at least that many)."""

@@ -23,9 +23,20 @@ from llmtool.serve.errors import add_error_handlers, documented, envelope
 from llmtool.serve.logs import RequestLog
 from llmtool.serve.metrics import ServerMetrics
 from llmtool.serve.middleware import ApiKey, BodyLimit, HeadAsGet, RequestId
+from llmtool.serve.pooling import PoolingCall
 from llmtool.serve.ports import Engine
 from llmtool.serve.protocol.chat import ChatRequest, ChatResponse
 from llmtool.serve.protocol.completions import CompletionRequest, CompletionResponse
+from llmtool.serve.protocol.pooling import (
+    ClassifyRequest,
+    ClassifyResponse,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    RerankRequest,
+    RerankResponse,
+    ScoreRequest,
+    ScoreResponse,
+)
 from llmtool.serve.protocol.service import (
     DetokenizeRequest,
     DetokenizeResponse,
@@ -70,6 +81,7 @@ def create_app(
     app.state.context = context
     app.router.route_class = JsonRoute
     _add_generation(app, context)
+    _add_pooling(app, context)
     _add_tokens(app, context)
     _add_service(app, context)
     app.openapi = partial(_document, app)  # type: ignore[method-assign]
@@ -161,6 +173,49 @@ def _add_generation(app: FastAPI, context: ServeContext) -> None:
     async def show_model(model: str) -> ModelCard:
         context.check_model(model)
         return _card(context)
+
+
+def _add_pooling(app: FastAPI, context: ServeContext) -> None:
+    errors = documented(400, 401, 404, 413, 415, 429, 502, 503)
+
+    @app.post(
+        "/v1/embeddings",
+        response_model=None,
+        responses={200: {"model": EmbeddingResponse}, **errors},
+        tags=["OpenAI"],
+    )
+    async def create_embedding(body: EmbeddingRequest, request: Request) -> Response:
+        return await PoolingCall(context, body, request).embed(body)
+
+    @app.post(
+        "/v1/classify",
+        response_model=None,
+        responses={200: {"model": ClassifyResponse}, **errors},
+        tags=["encoders"],
+    )
+    async def classify(body: ClassifyRequest, request: Request) -> Response:
+        """The label of each text, and the probabilities of all."""
+        return await PoolingCall(context, body, request).classify(body)
+
+    @app.post(
+        "/v1/score",
+        response_model=None,
+        responses={200: {"model": ScoreResponse}, **errors},
+        tags=["encoders"],
+    )
+    async def score(body: ScoreRequest, request: Request) -> Response:
+        """How well texts fit: a cross-encoder's score, or the cosine of their embeddings."""
+        return await PoolingCall(context, body, request).score(body)
+
+    @app.post(
+        "/v1/rerank",
+        response_model=None,
+        responses={200: {"model": RerankResponse}, **errors},
+        tags=["encoders"],
+    )
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        """Documents by how well they fit the query, best first."""
+        return await PoolingCall(context, body, request).rerank(body)
 
 
 def _card(context: ServeContext) -> ModelCard:

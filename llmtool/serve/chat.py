@@ -42,6 +42,7 @@ class ChatCall:
         context, body = self._context, self._body
         context.check_serving()
         context.check_model(body.model)
+        context.check_generates()
         generation = await until_disconnect(request.receive, self._start())
         request.state.usage = generation.usage
         if body.stream:

@@ -70,6 +70,15 @@ class ServeContext:
                 code="model_not_found",
             )
 
+    def check_generates(self) -> None:
+        """Raises RequestError where the model is an encoder."""
+        pooling = self.engine.info.pooling
+        if pooling is not None:
+            route = "/v1/embeddings" if pooling.task == "embed" else "/v1/classify"
+            raise RequestError(
+                f"{self.model_name} is an encoder: it generates no text.", f"Use {route}, or serve a decoder."
+            )
+
     async def encode(
         self, text: str, add_special_tokens: bool, *, keep: int | None = None, param: str = "prompt"
     ) -> list[int]:

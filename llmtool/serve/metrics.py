@@ -7,7 +7,7 @@ latencies are observed per request. Histogram boundaries are vLLM's, so that que
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -84,6 +84,10 @@ class ServerMetrics:
         """arrival: of the HTTP request, by time.monotonic(), before its text was tokenized."""
         return RequestObserver(self, num_prompt_tokens, params, arrival)
 
+    def observe_pooling(self, inputs: Sequence[Sequence[int]], arrival: float) -> PoolingObserver:
+        """arrival: as for `observe`."""
+        return PoolingObserver(self, inputs, arrival)
+
     def finished(self, reason: str) -> None:
         self._success.labels(self._model, reason).inc()
 
@@ -137,6 +141,32 @@ class RequestObserver:
             metrics.tpot.observe(decoding / (count - 1))
         if index == 0 and times is not None and times.first_scheduled >= 0:
             metrics.queue.observe(times.first_scheduled - times.arrival)
+
+    def ended(self, reason: str) -> None:
+        """What is unfinished ends here: abort | error."""
+        for _ in range(self._open):
+            self._metrics.finished(reason)
+        self._open = 0
+
+
+class PoolingObserver:
+    """One request for vectors: each of its inputs counts as one answer, its latency is that of the last."""
+
+    def __init__(self, metrics: ServerMetrics, inputs: Sequence[Sequence[int]], arrival: float) -> None:
+        self._metrics = metrics
+        self._arrival = arrival
+        self._open = len(inputs)
+        for token_ids in inputs:
+            metrics.prompt.observe(len(token_ids))
+
+    def finished(self, times: RequestTimes | None) -> None:
+        """One more input has its vector."""
+        self._metrics.finished("stop")
+        if times is not None:
+            self._metrics.queue.observe(times.first_scheduled - times.arrival)
+        self._open -= 1
+        if self._open == 0:
+            self._metrics.e2e.observe(time.monotonic() - self._arrival)
 
     def ended(self, reason: str) -> None:
         """What is unfinished ends here: abort | error."""

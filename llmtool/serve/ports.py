@@ -10,6 +10,27 @@ from llmtool.core.stats import EngineStats
 from llmtool.errors import LLMToolError
 
 
+class PoolingInfo(Protocol):
+    """What an encoder gives; see llmtool.runtime.parts."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def labels(self) -> tuple[str, ...]: ...
+    @property
+    def normalized(self) -> bool: ...
+    @property
+    def matryoshka(self) -> bool: ...
+    @property
+    def sizes(self) -> tuple[int, ...]: ...
+    @property
+    def prompt(self) -> str: ...
+    @property
+    def lowercase(self) -> bool: ...
+
+
 class EngineInfo(Protocol):
     """Facts about the running engine; the served ones only."""
 
@@ -33,6 +54,8 @@ class EngineInfo(Protocol):
     def max_waiting(self) -> int: ...
     @property
     def eos_token_ids(self) -> tuple[int, ...]: ...
+    @property
+    def pooling(self) -> PoolingInfo | None: ...
 
 
 class RequestStream(Protocol):
@@ -66,6 +89,17 @@ class Engine(Protocol):
         cache_salt: str = "",
     ) -> RequestStream:
         """Returns once admitted. Raises RequestTooLong, RequestError, QueueFull, EngineDead."""
+        ...
+
+    async def pool(
+        self,
+        request_id: str,
+        inputs: Sequence[Sequence[int]],
+        *,
+        segments: Sequence[int] = (),
+        priority: int = 0,
+    ) -> RequestStream:
+        """An encoder's vectors of the inputs, by index. Raises as `add`."""
         ...
 
     async def wait_dead(self) -> LLMToolError:

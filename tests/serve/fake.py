@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -20,6 +21,7 @@ from llmtool.core.request import (
 from llmtool.core.stats import EngineStats
 from llmtool.errors import EngineDead, LLMToolError, QueueFull
 from llmtool.models.tokenizer import Tokenizer
+from llmtool.runtime.parts import PoolingInfo
 
 CHATML = """{%- if tools %}<|im_start|>system
 {% for tool in tools %}{{ tool | tojson }}
@@ -70,6 +72,7 @@ class Info:
     page_bytes: int = 1024
     weight_bytes: int = 5000
     eos_token_ids: tuple[int, ...] = (2,)
+    pooling: PoolingInfo | None = None
 
 
 @dataclass
@@ -79,6 +82,14 @@ class Added:
     params: SamplingParams
     priority: int
     cache_salt: str
+
+
+@dataclass
+class Pooled:
+    request_id: str
+    inputs: list[list[int]]
+    segments: tuple[int, ...]
+    priority: int
 
 
 Script = Callable[[list[int], SamplingParams, int], list[int]]
@@ -99,6 +110,7 @@ class FakeEngine:
     max_requests: int = 10_000
     fail_at: int | None = None  # this many tokens, then SequenceOutput.error
     added: list[Added] = field(default_factory=list)
+    pooled: list[Pooled] = field(default_factory=list)
     aborted: list[tuple[str, int | None]] = field(default_factory=list)
     running: dict[str, FakeStream] = field(default_factory=dict)
     draining: bool = False
@@ -129,6 +141,20 @@ class FakeEngine:
         await asyncio.sleep(0)
         return stream
 
+    async def pool(
+        self,
+        request_id: str,
+        inputs: Sequence[Sequence[int]],
+        *,
+        segments: Sequence[int] = (),
+        priority: int = 0,
+    ) -> PoolStream:
+        if len(self.running) >= self.max_requests:
+            raise QueueFull("The queue is full.", retry_after=3.0)
+        self.pooled.append(Pooled(request_id, [list(ids) for ids in inputs], tuple(segments), priority))
+        await asyncio.sleep(0)
+        return PoolStream(self, request_id, self.pooled[-1])
+
     def die(self) -> None:
         self.dead = EngineDead("The engine process ended unexpectedly (exit code -9).")
         for stream in list(self.running.values()):
@@ -155,6 +181,41 @@ class FakeEngine:
 
     async def close(self) -> None:
         pass
+
+
+def fake_vector(token_ids: Sequence[int], size: int) -> np.ndarray:
+    """What the fake engine makes of a sequence: numbers that are all different."""
+    return np.array([len(token_ids) + (sum(token_ids) + 3 * i) % 7 for i in range(size)], np.float32)
+
+
+class PoolStream:
+    """Vectors in reverse order, as an engine that sorts by length may deliver them. fail_at: input that fails."""
+
+    def __init__(self, engine: FakeEngine, request_id: str, pooled: Pooled) -> None:
+        self.engine, self.request_id, self.pooled = engine, request_id, pooled
+        self.left = list(range(len(pooled.inputs)))
+
+    def __aiter__(self) -> PoolStream:
+        return self
+
+    async def __anext__(self) -> SequenceOutput:
+        await asyncio.sleep(self.engine.delay)
+        if not self.left:
+            raise StopAsyncIteration
+        index = self.left.pop()
+        out = SequenceOutput(self.request_id, index, (), finish_reason=FinishReason.STOP)
+        out.times = RequestTimes(0.0, 0.25, 0.5, 0.5)
+        assert self.engine.info.pooling is not None
+        if index == self.engine.fail_at:
+            out.finish_reason, out.error = FinishReason.ERROR, "This input is cursed."
+        else:
+            out.vector = fake_vector(self.pooled.inputs[index], self.engine.info.pooling.size).tobytes()
+        return out
+
+    def abort(self, index: int | None = None) -> None:
+        if self.left:
+            self.engine.aborted.append((self.request_id, index))
+            self.left.clear()
 
 
 class FakeStream:
