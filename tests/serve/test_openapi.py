@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import schemathesis
@@ -17,17 +18,22 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from llmtool.config import ServerConfig
+from llmtool.runtime.parts import PoolingInfo
 from llmtool.serve.app import create_app
 from llmtool.serve.server import bind, serve
 from tests.serve.conftest import says
-from tests.serve.fake import FakeEngine, tiny_tokenizer
+from tests.serve.fake import FakeEngine, Info, tiny_tokenizer
 
 CHECKS = (not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance)
 
 
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    """A live server in a thread of its own."""
+ENCODER_PATHS = ("/v1/embeddings", "/v1/classify", "/v1/score", "/v1/rerank")
+POOLING = PoolingInfo("embed", 4, matryoshka=True)
+
+
+@contextmanager
+def serving(make: Callable[[], FakeEngine]) -> Iterator[str]:
+    """A live server in a thread of its own: its URL."""
     listener = bind("127.0.0.1", 0)
     ready = threading.Event()
     handles: dict[str, object] = {}
@@ -36,7 +42,7 @@ def url() -> Iterator[str]:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
         handles["stop"] = lambda: loop.call_soon_threadsafe(stop.set)
         await serve(
-            FakeEngine(says("The quick brown fox", "jumps")),
+            make(),
             tiny_tokenizer(),
             ServerConfig(),
             listener,
@@ -52,6 +58,16 @@ def url() -> Iterator[str]:
     handles["stop"]()  # type: ignore[operator]
     thread.join(10)
     assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def urls() -> Iterator[tuple[str, str]]:
+    """A server of a decoder, one of an encoder."""
+    with (
+        serving(lambda: FakeEngine(says("The quick brown fox", "jumps"))) as decoder,
+        serving(lambda: FakeEngine(says(""), info=Info(pooling=POOLING))) as encoder,
+    ):
+        yield decoder, encoder
 
 
 def _document() -> dict[str, object]:
@@ -73,15 +89,15 @@ schema = schemathesis.openapi.from_dict(_document())
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-def test_no_request_breaks_the_server(case: schemathesis.Case, url: str) -> None:
-    case.call_and_validate(base_url=url, checks=CHECKS, timeout=20)
+def test_no_request_breaks_the_server(case: schemathesis.Case, urls: tuple[str, str]) -> None:
+    case.call_and_validate(base_url=urls[case.path in ENCODER_PATHS], checks=CHECKS, timeout=20)
 
 
 def test_the_document_describes_bodies_and_errors() -> None:
     document = _document()
     paths = document["paths"]
     assert isinstance(paths, dict)
-    for path in ("/v1/completions", "/v1/chat/completions"):
+    for path in ("/v1/completions", "/v1/chat/completions", *ENCODER_PATHS):
         post = paths[path]["post"]
         assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("Request")
         assert {"200", "400", "401", "404", "413", "429", "503"} <= set(post["responses"])
