@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MASK = "***"  # in place of a key
-_data, _load, _ask = "Dataset", "Load", "Requests"
+_data, _load, _ask, _quality = "Dataset", "Load", "Requests", "Perplexity"
 
 
 def _flag(panel: str, text: str, *names: str) -> Any:
@@ -100,6 +100,23 @@ def bench(
     timeout: Annotated[float | None, _flag(_ask, "Seconds for one request, with --url.")] = None,
     metric_percentiles: Annotated[str | None, _flag(_ask, "Percentiles to report (50,90,95,99).")] = None,
     save_text: Annotated[bool | None, _flag(_ask, "Keep the generated texts.", "--save-text")] = None,
+    perplexity: Annotated[
+        bool | None,
+        _flag(
+            _quality,
+            "Measure it on a text instead: MODEL --perplexity FILE (without: Python's help).",
+            "--perplexity",
+        ),
+    ] = None,
+    perplexity_window: Annotated[int | None, _flag(_quality, "Tokens the model sees at once (1024).")] = None,
+    perplexity_stride: Annotated[
+        int | None, _flag(_quality, "Tokens scored per window (half of it).")
+    ] = None,
+    perplexity_tokens: Annotated[int | None, _flag(_quality, "Tokens read; 0 is all (32768).")] = None,
+    baseline: Annotated[
+        list[str] | None,
+        _flag(_quality, "Engine setting to compare with, as dtype=float32; repeatable.", "--baseline"),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts, arrivals and sampling.")] = None,
     dtype: engine.Dtype = None,
     device: engine.Device = None,
@@ -138,6 +155,8 @@ def bench(
       llmtool bench --request-rate 1,2,4,8 --goodput ttft:500 --goodput tpot:100
 
       llmtool bench --compare a.json b.json
+
+      llmtool bench ./my-model --perplexity text.txt --baseline dtype=float32
     """
     flags: dict[str, Any] = dict(locals())
     from llmtool.cli import bench_run
@@ -152,9 +171,13 @@ def bench(
         with _document_shown(output):
             bench_run.show_file(show, output, html)
         return
+    if perplexity:
+        measure_perplexity(flags, [*([model] if model else []), *(files or [])], config, output)
+        return
     if files:
         raise UsageError(f"Unexpected argument {files[0]!r}.", "One model is benched at a time.")
     bench_config, engine_config, api_key = settings(flags, config)
+    refuse_perplexity(flags)
     refuse_ignored(flags, bench_config.url)
     if print_config:
         print_settings(bench_config, engine_config, api_key, output)
@@ -163,6 +186,40 @@ def bench(
     result = bench_run.measure(bench_config, engine_config, api_key, output)
     with _document_shown(output):
         bench_run.report(result, output, output_file, html)
+
+
+def measure_perplexity(
+    flags: dict[str, Any], positional: list[str], config: str | None, output: Output
+) -> None:
+    from llmtool.bench.config import BenchConfig, DatasetConfig, LoadConfig
+    from llmtool.bench.perplexity import PerplexityConfig
+    from llmtool.cli import bench_perplexity, bench_run
+
+    load = (
+        field_names(BenchConfig) | field_names(DatasetConfig) | field_names(LoadConfig) | {"html", "api_key"}
+    )
+    kept = field_names(EngineConfig) | {"dataset_path"}
+    bench_perplexity.refuse_ignored(flags, load - kept)
+    model, text = bench_perplexity.arguments(positional, flags["dataset_path"])
+    merged = _merger(config, None)
+    engine_config = merged(EngineConfig, _with_sizes(flags) | {"model": model})
+    settings = merged(PerplexityConfig, flags)
+    baseline = bench_perplexity.baseline_of(engine_config, flags["baseline"] or ())
+    if flags["print_config"]:
+        flat = as_dict(engine_config, settings)
+        output.document(flat)
+        output.table("Settings", ("name", "value"), [(k, str(v)) for k, v in flat.items()])
+        return
+    bench_run.check_writable(flags["output_file"])
+    bench_perplexity.bench_perplexity(engine_config, baseline, settings, text, output, flags["output_file"])
+
+
+def refuse_perplexity(flags: Mapping[str, Any]) -> None:
+    """UsageError for flags that need --perplexity."""
+    names = ("perplexity_window", "perplexity_stride", "perplexity_tokens", "baseline")
+    given = [f"--{name.replace('_', '-')}" for name in names if flags.get(name) is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)} goes with --perplexity.", "Add it, or leave it out.")
 
 
 @contextmanager
@@ -184,15 +241,8 @@ def settings(
     Settings of the other commands are accepted, so that one file serves all."""
     from llmtool.bench.config import BenchConfig, DatasetConfig, LoadConfig
 
-    classes = (EngineConfig, BenchConfig, DatasetConfig, LoadConfig, ServerConfig)
-    known = frozenset[str]().union(*(field_names(cls) for cls in classes))
-
-    def merged(cls: type[T], values: Mapping[str, Any]) -> T:
-        return resolve(cls, values, config, environ, known - field_names(cls))
-
-    flags = dict(flags)
-    flags["kv_cache_memory_bytes"] = optional_size(flags.get("kv_cache_memory"))
-    flags["swap_space_bytes"] = optional_size(flags.get("swap_space"))
+    merged = _merger(config, environ)
+    flags = _with_sizes(flags)
     rates = parse_rates(flags.pop("request_rate", None))
     if len(rates) > 1:
         flags["request_rates"] = rates
@@ -208,6 +258,29 @@ def settings(
     bench_config = merged(BenchConfig, flags | {"dataset": dataset, "load": load})
     api_key = merged(ServerConfig, {"api_key": flags.get("api_key")}).api_key
     return bench_config, merged(EngineConfig, flags), None if api_key == MASK else api_key
+
+
+def _with_sizes(flags: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {"kv_cache_memory_bytes": "kv_cache_memory", "swap_space_bytes": "swap_space"}
+    return {**flags, **{name: optional_size(flags.get(flag)) for name, flag in sizes.items()}}
+
+
+class _Merger(Protocol):
+    def __call__(self, cls: type[T], values: Mapping[str, Any]) -> T: ...
+
+
+def _merger(config: str | None, environ: Mapping[str, str] | None) -> _Merger:
+    """Makes settings of any class from flags over environment over file, which may hold those of the others too."""
+    from llmtool.bench.config import BenchConfig, DatasetConfig, LoadConfig
+    from llmtool.bench.perplexity import PerplexityConfig
+
+    classes = (EngineConfig, BenchConfig, DatasetConfig, LoadConfig, PerplexityConfig, ServerConfig)
+    known = frozenset[str]().union(*(field_names(cls) for cls in classes))
+
+    def merged(cls: type[T], values: Mapping[str, Any]) -> T:
+        return resolve(cls, values, config, environ, known - field_names(cls))
+
+    return merged
 
 
 def refuse_ignored(flags: Mapping[str, Any], url: str | None) -> None:
