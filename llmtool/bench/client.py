@@ -24,13 +24,14 @@ from llmtool.workload.requests import BenchRequest
 
 COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
+EMBEDDINGS = "/v1/embeddings"
 
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
     """url: of the server, with or without a trailing /v1. fields: sampling and extra fields of every body.
 
-    timeout: seconds for one whole request. keep_text: record the generated text.
+    timeout: seconds for one whole request. keep_text: record the generated text. embeddings: ask for vectors.
     """
 
     url: str
@@ -40,6 +41,7 @@ class ClientOptions:
     headers: Mapping[str, str] = field(default_factory=dict)
     timeout: float = 6 * 3600.0
     keep_text: bool = False
+    embeddings: bool = False
 
 
 def base_url(url: str) -> str:
@@ -84,8 +86,13 @@ class HttpBackend:
         await self._session.close()
 
     def body(self, request: BenchRequest) -> tuple[str, bytes]:
-        """(path, JSON body) of a request: chat messages go to the chat endpoint, the rest to completions."""
+        """(path, JSON body) of a request: to embeddings where those are asked for, chat messages to the chat
+        endpoint, the rest to completions."""
         body: dict[str, Any] = {"model": self._options.model}
+        if self._options.embeddings:
+            body["input"] = request.text if request.text is not None else request.token_ids
+            body |= {**self._options.fields, **request.extra}
+            return EMBEDDINGS, json.dumps(body, separators=(",", ":")).encode()
         if request.messages is not None:
             path, body["messages"] = CHAT, request.messages
         else:
@@ -101,6 +108,37 @@ class HttpBackend:
         return path, json.dumps(body, separators=(",", ":")).encode()
 
     async def generate(self, request: BenchRequest, record: RequestRecord) -> None:
+        if self._options.embeddings:
+            await self._embed(request, record)
+        else:
+            await self._stream(request, record)
+
+    async def _embed(self, request: BenchRequest, record: RequestRecord) -> None:
+        """One vector: it comes whole, so all there is to time is the end."""
+        path, body = self.body(request)
+        record.start = time.perf_counter()
+        try:
+            headers = {"Content-Type": "application/json"}
+            async with self._session.post(self._url + path, data=body, headers=headers) as response:
+                if response.status != 200:
+                    record.error = await _http_error(response)
+                else:
+                    answer = json.loads(await response.read())
+                    record.prompt_tokens = int(answer["usage"]["prompt_tokens"])
+                    record.success = bool(answer["data"][0]["embedding"])
+        except (TimeoutError, aiohttp.ClientError, OSError) as e:
+            record.error = _sentence(e)
+        except (ValueError, KeyError, IndexError, TypeError):
+            record.error = "the answer is no list of embeddings"
+        record.ttft = record.e2e = time.perf_counter() - record.start
+        record.success = record.success and not record.error
+        record.counted = record.success
+        if record.success:
+            record.finish_reason = "stop"
+        elif not record.error:
+            record.error = "the answer has no embedding"
+
+    async def _stream(self, request: BenchRequest, record: RequestRecord) -> None:
         path, body = self.body(request)
         parser = StreamParser(self._options.keep_text)
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}

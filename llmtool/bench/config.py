@@ -13,7 +13,7 @@ from llmtool.workload.traces import MOONCAKE_BLOCK, TRACE_FORMATS
 
 DATASETS = ("random", "prefix_repetition", "copy", "sharegpt", "custom", *TRACE_FORMATS)
 FILE_DATASETS = ("sharegpt", "custom", *TRACE_FORMATS)
-ENDPOINTS = ("auto", "completions", "chat")
+ENDPOINTS = ("auto", "completions", "chat", "embeddings")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +113,9 @@ class BenchConfig:
     """One bench invocation.
 
     endpoint: auto sends messages to the chat endpoint and the rest to completions; chat sends everything as
-    chat. temperature, top_p, top_k: None leaves it to the server. extra_body: more fields of every request
-    body. goodput: SLOs as text (workload/slo.py). timeout: seconds for one request. save_text: keep
-    generated texts.
+    chat; embeddings asks an encoder for vectors, where output lengths and sampling mean nothing. temperature,
+    top_p, top_k: None leaves it to the server. extra_body: more fields of every request body. goodput: SLOs as
+    text (workload/slo.py). timeout: seconds for one request. save_text: keep generated texts.
     """
 
     model: str | None = None
@@ -139,6 +139,10 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.endpoint not in ENDPOINTS:
             raise UsageError(f"endpoint must be one of {', '.join(ENDPOINTS)}, not {self.endpoint!r}.")
+        if self.endpoint == "embeddings" and (self.top_p or self.top_k or self.ignore_eos or self.save_text):
+            raise UsageError(
+                "Embeddings are not sampled.", "Leave out top_p, top_k, ignore_eos and save_text."
+            )
         if self.seed < 0:
             raise UsageError(f"seed must be at least 0, not {self.seed}.")
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
@@ -159,6 +163,10 @@ class BenchConfig:
 
     def body_fields(self) -> dict[str, Any]:
         """Fields that every request carries besides its prompt and length."""
+        if (
+            self.endpoint == "embeddings"
+        ):  # in base64 they cost the client least, and are what openai's asks for
+            return {"encoding_format": "base64"} | dict(self.extra_body)
         named = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         fields = {name: value for name, value in named.items() if value is not None}
         # OpenAI itself refuses fields it does not know, so ignore_eos is sent only when it is asked for.

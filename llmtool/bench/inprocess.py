@@ -40,6 +40,10 @@ class AsyncEngineLike(Protocol):
         """The request's stream; raises LLMToolError when it is refused."""
         ...
 
+    async def pool(self, request_id: str, inputs: Sequence[Sequence[int]]) -> Stream:
+        """The same of an encoder: one vector per input."""
+        ...
+
     @property
     def stats(self) -> EngineStats: ...
     @property
@@ -59,11 +63,12 @@ class PromptTokenizer(Protocol):
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
     """fields: sampling parameters of every request, under the names of SamplingParams. keep_text: record
-    outputs.
+    outputs. embeddings: ask for vectors.
     """
 
     fields: Mapping[str, Any] = field(default_factory=dict)
     keep_text: bool = False
+    embeddings: bool = False
     description: str = "in-process engine"
 
 
@@ -120,8 +125,13 @@ class EngineBackend:
         record.start = last = time.perf_counter()
         stream: Stream | None = None
         try:
-            params = sampling_params(fields)
-            stream = await self._engine.add(request_id, prompt, params, priority=priority, cache_salt=salt)
+            if self._options.embeddings:
+                stream = await self._engine.pool(request_id, [prompt])
+            else:
+                params = sampling_params(fields)
+                stream = await self._engine.add(
+                    request_id, prompt, params, priority=priority, cache_salt=salt
+                )
             async for output in stream:
                 last = self._note(output, record, tokens, last, time.perf_counter())
         except LLMToolError as e:

@@ -85,12 +85,12 @@ def _dataset(config: BenchConfig, tokenizer: Tokenizer | None, n: int, seed: int
 def _shaped(config: BenchConfig, request: BenchRequest, tokenizer: Tokenizer | None) -> BenchRequest:
     if config.endpoint == "chat":
         return request.as_chat(tokenizer)
-    if config.endpoint == "completions" and request.messages is not None:
+    if config.endpoint in ("completions", "embeddings") and request.messages is not None:
         raise UsageError(
-            "The completions endpoint takes no chat messages.",
+            f"The {config.endpoint} endpoint takes no chat messages.",
             "Give --endpoint auto, or a dataset with prompts.",
         )
-    return request
+    return replace(request, max_tokens=None) if config.endpoint == "embeddings" else request
 
 
 def build_offsets(

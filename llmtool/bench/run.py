@@ -51,6 +51,7 @@ async def connect(config: BenchConfig, api_key: str | None = None) -> tuple[Benc
         fields=config.body_fields(),
         timeout=config.timeout,
         keep_text=config.save_text,
+        embeddings=config.endpoint == "embeddings",
     )
     return config, HttpBackend(options)
 

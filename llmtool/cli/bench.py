@@ -89,7 +89,7 @@ def bench(
     goodput: Annotated[
         list[str] | None, _flag(_ask, "An objective, as ttft:200, tpot:50 (ms) or ttft:p99:500; repeatable.")
     ] = None,
-    endpoint: Annotated[str | None, _flag(_ask, "auto, completions or chat.")] = None,
+    endpoint: Annotated[str | None, _flag(_ask, "auto, completions, chat or embeddings.")] = None,
     temperature: Annotated[float | None, _flag(_ask, "0 is greedy (default).")] = None,
     top_p: Annotated[float | None, _flag(_ask, "Nucleus sampling.")] = None,
     top_k: Annotated[int | None, _flag(_ask, "Sample from the k best.")] = None,

@@ -54,7 +54,11 @@ async def _in_process(config: BenchConfig, engine_config: EngineConfig, bar: Bar
     try:
         info = engine.info
         tokenizer = ModelTokenizer(Tokenizer.from_dir(info.tokenizer_dir))
-        options = EngineOptions(fields=config.body_fields(), keep_text=config.save_text)
+        if info.pooling is not None and config.endpoint == "auto":
+            config = replace(config, endpoint="embeddings")
+        embeddings = config.endpoint == "embeddings"
+        fields = {} if embeddings else config.body_fields()
+        options = EngineOptions(fields=fields, keep_text=config.save_text, embeddings=embeddings)
         backend = EngineBackend(engine, tokenizer, options)
         config = replace(config, model=info.served_model_name)
         gpu = info.device if info.device != "cpu" else None
@@ -153,7 +157,9 @@ def _show_run(result: BenchResult, output: Output) -> None:
     rows += [(name, size(value)) for name, value in memory_rows(run)]
     output.table(f"{result.model} — {result.backend}", ("", "value"), rows)
     latency = []
-    for key, name in _LATENCIES:
+    # A vector comes whole: its first token is its last.
+    latencies = _LATENCIES[3:] if result.config.get("endpoint") == "embeddings" else _LATENCIES
+    for key, name in latencies:
         if m.get(f"mean_{key}_ms") is not None:
             latency.append((name, *(_ms(m.get(f"{part}_{key}_ms")) for part in _PARTS)))
     output.table("Latency, ms", ("", *_PARTS), latency)

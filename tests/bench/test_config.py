@@ -35,7 +35,7 @@ from tests.workload.fake import ByteTokenizer
         (LoadConfig, {"request_rates": (1.0,), "search_knee": True}),
         (LoadConfig, {"knee_min_rate": 5.0, "knee_max_rate": 5.0}),
         (LoadConfig, {"slo_attainment": 1.5}),
-        (BenchConfig, {"endpoint": "embeddings"}),
+        (BenchConfig, {"endpoint": "audio"}),
         (BenchConfig, {"seed": -1}),
         (BenchConfig, {"temperature": -0.5}),
         (BenchConfig, {"timeout": 0.0}),
