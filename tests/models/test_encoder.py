@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,3 +171,22 @@ def test_minilm_embeds_what_transformers_embeds(dtype: torch.dtype) -> None:
     if dtype == torch.float32:
         np.testing.assert_allclose(ours, expected, atol=1e-5)
     assert ((ours * expected).sum(1) > (0.999 if dtype == torch.bfloat16 else 1 - 1e-6)).all()
+
+
+def test_a_fine_tuned_classifier_says_what_transformers_says() -> None:
+    directory = Path(os.environ.get("LLMTOOL_DATA", "../shared/data")).parent / "models" / "minilm-l6-sst2"
+    if not directory.is_dir():
+        pytest.skip(f"{directory} is not there")
+    texts = ["A moving, funny film.", "Dull from its first minute to its last.", "It is set in Rome."]
+    tokenizer = Tokenizer.from_dir(directory)
+    inputs = [tokenizer.encode(text) for text in texts]
+    reference = transformers.AutoModelForSequenceClassification.from_pretrained(
+        directory, dtype=torch.float32
+    )
+    with torch.inference_mode():
+        expected = torch.cat([reference.eval()(torch.tensor([ids])).logits for ids in inputs])
+        for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+            model = load(directory, dtype)
+            first = torch.stack([hidden[0] for hidden in run(model, inputs)])
+            torch.testing.assert_close(model.classify(first), expected, atol=tolerance, rtol=0)
+    assert expected.argmax(1).tolist()[:2] == [1, 0]
