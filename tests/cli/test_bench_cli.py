@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llmtool.cli.app import main
 from llmtool.cli.output import Output
 
 SMALL = ("--num-prompts", "12", "--random-input-len", "8", "--random-output-len", "4", "--num-warmups", "0")
@@ -148,3 +149,45 @@ def test_progress_goes_on_off_a_terminal(capfd: pytest.CaptureFixture[str]) -> N
     lines = capfd.readouterr().err.splitlines()
     assert lines[0] == "bench: 0 of 100 requests" and lines[-1] == "bench: 100 of 100 requests"
     assert 10 <= len(lines) <= 12
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--perplexity", "--num-prompts", "3"], "--num-prompts has no meaning with --perplexity"),
+        (["--perplexity", "--url", "http://127.0.0.1:1"], "--url has no meaning with --perplexity"),
+        (["--baseline", "dtype=float32"], "--baseline goes with --perplexity"),
+        (["--perplexity", "--baseline", "dtype"], "NAME=VALUE"),
+        (["--perplexity", "--perplexity-stride", "4096"], "perplexity_stride must be between 1 and 1023"),
+        (["a", "b", "--perplexity"], "Unexpected argument 'b'"),
+        (["--perplexity", "--dataset-path", "/no/such/file"], "Cannot read the text /no/such/file"),
+        (["--endpoint", "embeddings", "--top-k", "4"], "Embeddings are not sampled"),
+    ],
+)
+def test_flags_that_contradict_are_usage_errors(
+    args: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert inside(monkeypatch, *args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_of_perplexity_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["some-model", "--perplexity", "--perplexity-window", "64", "--dtype", "float32"]
+    assert inside(monkeypatch, *args, "--print-config", "--json") == 0
+    settings = json.loads(capsys.readouterr().out)
+    assert settings["model"] == "some-model" and settings["dtype"] == "float32"
+    assert settings["perplexity_window"] == 64
+
+
+def inside(monkeypatch: pytest.MonkeyPatch, *args: str) -> Any:
+    """`llmtool bench ARGS` in this process, for what ends before anything runs: its exit code."""
+    for name in [name for name in os.environ if name.startswith("LLMTOOL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["llmtool", "bench", *args])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code
