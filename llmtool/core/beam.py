@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 from llmtool.core.request import FinishReason, Request, TokenLogprob
 
-_UNREACHED = -1.0e9  # the score of a hypothesis that does not exist, as in transformers
-
 
 @dataclass(frozen=True, slots=True)
 class Hypothesis:
@@ -85,8 +83,8 @@ class BeamSearch:
     def _over(self, live: list[Continuation], length: int) -> bool:
         if not live:
             return True
-        full = len(self.finished) == self.params.width
-        if full and self.params.early_stopping:
+        if len(self.finished) < self.params.width:
+            return False  # transformers compares with -1e9 instead, which long beams undercut at large penalties
+        if self.params.early_stopping:
             return True
-        worst = self.finished[-1].score if full else _UNREACHED
-        return live[0].cumulative_logprob / length**self.params.length_penalty <= worst
+        return live[0].cumulative_logprob / length**self.params.length_penalty <= self.finished[-1].score

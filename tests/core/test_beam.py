@@ -35,7 +35,7 @@ def oracle(
 
 @pytest.mark.parametrize("width", [1, 2, 4])
 @pytest.mark.parametrize("pages", [12, 40, 400])
-@pytest.mark.parametrize("penalty,early", [(1.0, False), (0.0, False), (1.5, True)])
+@pytest.mark.parametrize("penalty,early", [(1.0, False), (0.0, False), (1.5, True), (-10.0, False)])
 def test_equals_the_oracle(width: int, pages: int, penalty: float, early: bool) -> None:
     eos = {3, 11, 40, 41, 42}
     params = SamplingParams(
