@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from llmtool.errors import LLMToolError
 
-# Off a terminal: how often a line says how far a command is.
+# Off a terminal: how often a line says how far a command is, and how often at most.
 PROGRESS_SECONDS = 10.0
 PROGRESS_SHARE = 0.1
+PROGRESS_PAUSE = 1.0
 
 
 class Output:
@@ -103,16 +104,23 @@ class Output:
             yield update
 
     def _plain_progress(self) -> Callable[[str, float | None], None]:
-        """Not a terminal: a line when something new begins, and then every tenth or every ten seconds."""
+        """Not a terminal: a line when something new begins, and then, of what takes its time, every tenth or every
+        ten seconds.
+        """
         last, shown_at, shown = "", 0.0, 0.0
 
         def update(text: str, fraction: float | None) -> None:
             nonlocal last, shown_at, shown
             head, now, done = text.split(":")[0], time.monotonic(), fraction or 0.0
-            further = done >= shown + PROGRESS_SHARE or done == 1.0 != shown
-            if head != last or further or now >= shown_at + PROGRESS_SECONDS:
-                last, shown_at, shown = head, now, done
+            further = done - shown > PROGRESS_SHARE - 1e-9 or done == 1.0 != shown
+            wait = PROGRESS_PAUSE if further else PROGRESS_SECONDS
+            if head != last:
                 self.hint(text)
+            elif now >= shown_at + wait:
+                self.hint(text if head != text or fraction is None else f"{text}: {fraction:.0%}")
+            else:
+                return
+            last, shown_at, shown = head, now, done
 
         return update
 

@@ -83,8 +83,9 @@ class BeamSearch:
     def _over(self, live: list[Continuation], length: int) -> bool:
         if not live:
             return True
+        # Here transformers compares with -1e9, which beams undercut at a large penalty, and ends with too few.
         if len(self.finished) < self.params.width:
-            return False  # transformers compares with -1e9 instead, which long beams undercut at large penalties
+            return False
         if self.params.early_stopping:
             return True
         return live[0].cumulative_logprob / length**self.params.length_penalty <= self.finished[-1].score

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import IO
 
@@ -161,6 +162,13 @@ def run_cli(*arguments: str, timeout: float = 60.0) -> subprocess.CompletedProce
     return subprocess.run(
         [LLMTOOL, *arguments], capture_output=True, text=True, timeout=timeout, env=environment()
     )
+
+
+def transport_error() -> type[Exception]:
+    """What the `openai` client lets through when a stream breaks: httpx's, or since 3.0 its fork's."""
+    library = openai.DefaultHttpxClient.__bases__[0].__module__.partition(".")[0]
+    error: type[Exception] = import_module(library).HTTPError
+    return error
 
 
 def openai_client(server: RunningServer, api_key: str = "none", max_retries: int = 0) -> openai.OpenAI:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from llmtool.cli.app import main
-from llmtool.cli.output import Output
 
 SMALL = ("--num-prompts", "12", "--random-input-len", "8", "--random-output-len", "4", "--num-warmups", "0")
 
@@ -140,15 +139,6 @@ def test_no_figure_of_a_sweep_is_cut_on_a_narrow_screen(url: str) -> None:
     rows = [line for line in done.stdout.splitlines() if line.count("│") == 10]
     assert len(rows) == 2 and "…" not in done.stdout
     assert all(cell.strip() for row in rows for cell in row.split("│")[1:-1])
-
-
-def test_progress_goes_on_off_a_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    with Output().progress() as update:
-        for i in range(101):
-            update(f"bench: {i} of 100 requests", i / 100)
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[0] == "bench: 0 of 100 requests" and lines[-1] == "bench: 100 of 100 requests"
-    assert 10 <= len(lines) <= 12
 
 
 @pytest.mark.parametrize(
