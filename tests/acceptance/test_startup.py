@@ -10,13 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.servers import LLMTOOL, RunningServer, environment, openai_client, run_cli, serving
+from tests.acceptance.servers import (
+    LLMTOOL,
+    RunningServer,
+    ahead_of_others,
+    environment,
+    openai_client,
+    run_cli,
+    serving,
+)
 
 
 def seconds_to_first_token(log: Path) -> float:
     """Of `llmtool serve` and a client that asks as soon as it hears the address."""
     started = time.monotonic()
-    with serving(log) as server:
+    with ahead_of_others(), serving(log) as server:
         stream = openai_client(server).completions.create(
             model=server.model, prompt="Hello", max_tokens=4, stream=True
         )
@@ -34,7 +42,8 @@ def test_the_first_token_comes_within_5_seconds(logs: Path) -> None:
 def test_help_answers_within_half_a_second() -> None:
     def seconds(*arguments: str) -> float:
         started = time.monotonic()
-        done = run_cli(*arguments)
+        with ahead_of_others():
+            done = run_cli(*arguments)
         assert done.returncode == 0 and "serve" in done.stdout
         return time.monotonic() - started
 
