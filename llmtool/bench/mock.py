@@ -39,7 +39,8 @@ class MockOptions:
     fault: what goes wrong, for every `fault_every`-th request (status: HTTP 503; garbage: an event that is not
     JSON; drop: the connection closes after two chunks; hang: nothing more comes). max_running: requests that
     generate at once, the others queue as in a real server (0: all). stop_after: tokens after which it stops on its
-    own, whatever was asked for (0: never). cached_share: of the prompt, reported as cached.
+    own, whatever was asked for (0: never). cached_share: of the prompt, reported as cached; with remembers, of
+    prompts seen before only.
     """
 
     model: str = "mock"
@@ -51,6 +52,7 @@ class MockOptions:
     max_running: int = 0
     stop_after: int = 0
     cached_share: float = 0.0
+    remembers: bool = False
     api_key: str = ""
 
     def __post_init__(self) -> None:
@@ -66,6 +68,7 @@ class MockServer:
         self.count = self.aborted = self.generated = 0
         self._slots = asyncio.Semaphore(self.options.max_running or sys.maxsize)
         self._runner: web.AppRunner | None = None
+        self._seen: set[str] = set()
         self.url = ""
 
     async def __aenter__(self) -> MockServer:
@@ -136,7 +139,11 @@ class MockServer:
             return _error(503, "the mock was told to fail")
         if fault == "not_sse":
             return web.json_response({"choices": [{"text": "all at once"}]})
-        answer = _Answer(request, options, body, prompt_tokens, chat, fault)
+        prompt = str(body.get("messages" if chat else "prompt"))
+        known = prompt in self._seen or not options.remembers
+        self._seen.add(prompt)
+        cached = int(prompt_tokens * options.cached_share) if known else 0
+        answer = _Answer(request, options, body, prompt_tokens, cached, chat, fault)
         try:
             async with self._slots:
                 await answer.stream()
@@ -157,11 +164,13 @@ class _Answer:
         options: MockOptions,
         body: dict[str, Any],
         prompt_tokens: int,
+        cached_tokens: int,
         chat: bool,
         fault: str,
     ) -> None:
         self._request, self._options, self._body = request, options, body
-        self._prompt_tokens, self._chat, self._fault = prompt_tokens, chat, fault
+        self._prompt_tokens, self._cached_tokens = prompt_tokens, cached_tokens
+        self._chat, self._fault = chat, fault
         wanted = int(body.get("max_tokens") or 16)
         self._tokens = min(wanted, options.stop_after or wanted)
         self._reason = "stop" if self._tokens < wanted else "length"
@@ -219,8 +228,7 @@ class _Answer:
             "total_tokens": self._prompt_tokens + self.sent,
         }
         if self._options.cached_share:
-            cached = int(self._prompt_tokens * self._options.cached_share)
-            usage["prompt_tokens_details"] = {"cached_tokens": cached}
+            usage["prompt_tokens_details"] = {"cached_tokens": self._cached_tokens}
         return usage
 
     async def _send(self, choice: dict[str, Any]) -> None:

@@ -38,6 +38,12 @@ def build_requests(config: BenchConfig, tokenizer: Tokenizer | None) -> list[Ben
     return [_shaped(config, request, tokenizer) for request in requests]
 
 
+def run_seed(seed: int, rate: float, number: int) -> int:
+    """The seed of the prompts of a sweep's run at `rate`; number: of runs at that rate before."""
+    bits = int(np.float64(rate).view(np.uint64))
+    return int(np.random.SeedSequence([seed, bits, number]).generate_state(1)[0])
+
+
 def build_warmups(config: BenchConfig, tokenizer: Tokenizer | None) -> list[BenchRequest]:
     """Requests like the run's but of another seed, so that made prompts do not warm the run's prefix
     cache.

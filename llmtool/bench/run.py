@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from llmtool.bench.config import BenchConfig
 from llmtool.bench.counters import growth
 from llmtool.bench.environment import hardware, versions
 from llmtool.bench.load import LoadOutcome, ProgressCallback, run_load
-from llmtool.bench.prepare import build_offsets, build_requests, build_warmups
+from llmtool.bench.prepare import build_offsets, build_requests, build_warmups, run_seed
 from llmtool.bench.result import BenchResult, RunResult, make_run
 from llmtool.bench.sweep import find_knee, sweep
 from llmtool.errors import LLMToolError, UsageError
@@ -26,6 +27,7 @@ from llmtool.workload.requests import BenchRequest, Tokenizer
 
 T = TypeVar("T")
 UNSHARED = ("random", "copy", "azure", "burstgpt", "lengths")  # made-up prompts without common prefixes
+TEXTS = ("sharegpt", "custom")  # prompts as a file has them
 HIT_SHARE = 0.05  # of their tokens found in a prefix cache: more is no chance
 
 
@@ -72,7 +74,7 @@ async def run_bench(
     # Tokenizing a corpus takes a second or asks a server: not on the event loop.
     requests = await asyncio.to_thread(build_requests, config, tokenizer)
     warmups = await asyncio.to_thread(build_warmups, config, tokenizer)
-    bench = _Bench(config, backend, requests, progress)
+    bench = _Bench(config, backend, requests, tokenizer, progress)
     await bench.warm_up(warmups)
     load, knee = config.load, None
     if load.search_knee:
@@ -106,12 +108,16 @@ class _Bench:
         config: BenchConfig,
         backend: Backend,
         requests: Sequence[BenchRequest],
+        tokenizer: Tokenizer | None,
         progress: ProgressCallback | None,
     ) -> None:
         self._config = config
         self._backend = backend
         self._requests = list(requests)
+        self._tokenizer = tokenizer
         self._progress = progress
+        self._rates: Counter[float] = Counter()  # runs so far
+        self._first_hits: float | None = None  # cached share of the prompts in the first run
 
     async def warm_up(self, warmups: Sequence[BenchRequest]) -> None:
         """All at once. If every one fails, so would the run: better one clear error than a table of zeros."""
@@ -128,10 +134,11 @@ class _Bench:
     async def measure(self, rate: float | None) -> RunResult:
         """One run; rate: of a sweep or search, None for the load as configured."""
         config, load = self._config, self._config.load
-        offsets = build_offsets(load, self._requests, config.seed, rate)
+        requests = await self._requests_at(rate)
+        offsets = build_offsets(load, requests, config.seed, rate)
         phase = "bench" if rate is None else f"{rate:.3g}/s" if math.isfinite(rate) else "all at once"
         before = await self._backend.counters()
-        outcome = await self._load(self._requests, offsets, load.max_concurrency, load.duration, phase)
+        outcome = await self._load(requests, offsets, load.max_concurrency, load.duration, phase)
         server = growth(before, await self._backend.counters())
         if memory := await self._backend.memory():
             server["memory_bytes"] = memory
@@ -142,6 +149,16 @@ class _Bench:
         run = make_run(offered, metrics, outcome.records, outcome.client, server, config.save_text)
         warnings = (*run.warnings, *self._cautions({**metrics, **server}))
         return replace(run, warnings=warnings, arrivals=self._arrivals() if rate is None else None)
+
+    async def _requests_at(self, rate: float | None) -> list[BenchRequest]:
+        """Other prompts for every run of a sweep or search, since the server may have those of the last one cached;
+        the same ones for the same rate, so that two sweeps can be compared.
+        """
+        if rate is None or math.isinf(rate):
+            return self._requests
+        config = replace(self._config, seed=run_seed(self._config.seed, rate, self._rates[rate]))
+        self._rates[rate] += 1
+        return await asyncio.to_thread(build_requests, config, self._tokenizer)
 
     def _arrivals(self) -> str | None:
         load = self._config.load
@@ -159,10 +176,20 @@ class _Bench:
         hits = figures.get("prefix_cache_hit_rate")
         if hits is None and figures.get("cached_tokens") is not None and figures["total_input_tokens"]:
             hits = figures["cached_tokens"] / figures["total_input_tokens"]
-        if unshared and hits is not None and hits > HIT_SHARE:
+        if hits is None:
+            return
+        share = f"{100 * hits:.0f} % of the prompt tokens came from the server's prefix cache"
+        if unshared and hits > HIT_SHARE:
             yield (
-                f"{100 * hits:.0f} % of the prompt tokens came from the server's prefix cache, though these "
-                "prompts share nothing: it has seen them before. Give another --seed, or restart the server."
+                f"{share}, though these prompts share nothing: it has seen them before. Give another --seed, or "
+                "restart the server."
+            )
+        if self._first_hits is None:
+            self._first_hits = hits
+        elif data.dataset_name in TEXTS and hits > self._first_hits + HIT_SHARE:
+            yield (
+                f"{share}, {100 * self._first_hits:.0f} % in the first run: {data.dataset_path} has too few "
+                "prompts for runs that share none. Give a longer file, or fewer --num-prompts."
             )
 
     async def _load(

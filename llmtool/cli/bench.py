@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 import typer
 
 from llmtool.cli import engine_flags as engine
-from llmtool.cli.command import ConfigFile, JsonFlag, PrintConfig, QuietFlag, command, optional_size
+from llmtool.cli.command import MASK, ConfigFile, JsonFlag, PrintConfig, QuietFlag, command, optional_size
 from llmtool.cli.output import Output
 from llmtool.config import EngineConfig, ServerConfig, as_dict, field_names, resolve
 from llmtool.errors import LLMToolError, UsageError
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from llmtool.bench.config import BenchConfig
 
 T = TypeVar("T")
-MASK = "***"  # in place of a key
 _data, _load, _ask, _quality = "Dataset", "Load", "Requests", "Perplexity"
 
 

@@ -22,6 +22,8 @@ ConfigFile = Annotated[
 ]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resulting settings and exit.")]
 
+MASK = "***"  # in place of a key, where settings are shown
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmtool.cli import engine_flags as engine
-from llmtool.cli.command import ConfigFile, JsonFlag, PrintConfig, QuietFlag, command, optional_size
+from llmtool.cli.command import MASK, ConfigFile, JsonFlag, PrintConfig, QuietFlag, command, optional_size
 from llmtool.cli.output import Output, size
 from llmtool.config import EngineConfig, ServerConfig, as_dict, field_names, resolve
 from llmtool.errors import UsageError
@@ -108,11 +108,19 @@ def serve(
     if print_config:
         print_settings(output, engine_config, server_config)
         return
+    if server_config.api_key == MASK:
+        raise UsageError(
+            "The settings come from --print-config, which does not show the API key.",
+            "Give it again, as LLMTOOL_API_KEY or --api-key, or take api_key out of the file.",
+        )
     run(engine_config, server_config, output, log_level)
 
 
 def print_settings(output: Output, *configs: Any) -> None:
+    """The key is not shown: what is printed ends up in logs and tickets."""
     settings = as_dict(*configs)
+    if settings.get("api_key") is not None:
+        settings["api_key"] = MASK
     output.document(settings)
     output.table("Settings", ("name", "value"), [(k, str(v)) for k, v in settings.items()])
 

@@ -29,7 +29,8 @@ from llmtool.core.steplog import StepLogWriter
 from llmtool.errors import EngineDead, LLMToolError, UsageError
 from llmtool.runtime.parts import EngineParts, PoolingParts
 
-QUIET = 5.0  # seconds without a request before the engine checks itself
+PAUSE = 0.5  # seconds without a request before the engine gets ready what only some requests need
+QUIET = 5.0  # the same, before it checks itself
 COMMANDS_PER_STEP = 256
 STATS_INTERVAL = 0.1  # seconds between snapshots while the engine is busy
 
@@ -54,7 +55,7 @@ def main(connection: Connection, config: EngineConfig, factory: str) -> None:
         engine = _engine(parts, config, log_file)
         seconds = time.monotonic() - started
         connection.send(("ready", replace(parts.info, load_seconds=seconds, pid=os.getpid())))
-        _Loop(connection, engine).run()
+        _Loop(connection, engine, parts.when_idle).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     except LLMToolError as error:
@@ -104,9 +105,12 @@ def _report(connection: Connection, error: LLMToolError, trace: str) -> None:
 
 
 class _Loop:
-    def __init__(self, connection: Connection, engine: Engine | PoolingEngine) -> None:
+    def __init__(
+        self, connection: Connection, engine: Engine | PoolingEngine, when_idle: Callable[[], None] | None = None
+    ) -> None:
         self._connection = connection
         self._engine = engine
+        self._when_idle = when_idle
         self._closing = False
         self._stats_due = 0.0
 
@@ -114,6 +118,9 @@ class _Loop:
         while not self._closing:
             if not self._engine.has_work:
                 self._send_stats()
+                if self._when_idle is not None and not self._connection.poll(PAUSE):
+                    self._when_idle()
+                    self._when_idle = None
                 if not self._connection.poll(QUIET):
                     self._engine.scheduler.check()  # our own invariants, when nobody is kept waiting
                 self._handle(self._connection.recv())

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import uniform_group
 from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import SamplingParams, TokenLogprob
-from llmtool.errors import LLMToolError, RequestError
+from llmtool.errors import LLMToolError, ModelError, RequestError
 from llmtool.models.decoder import Decoder, KVContext
 from llmtool.models.loader import load
 from llmtool.models.resolve import resolve
@@ -100,6 +101,12 @@ class TorchExecutor:
             self.submit(SchedulerOutput(-1, new=[new], scheduled=[entry], num_tokens=entry.num_tokens))
         self.submit(SchedulerOutput(-1, finished=["warmup"]))
         self._results.clear()
+
+    def prepare_grammars(self) -> None:
+        """Make the grammar compiler ahead of the first sequence that needs it, which would hold up a step by it."""
+        if self._compiler is None and self._make_compiler is not None:
+            with suppress(ModelError):  # a tokenizer that llguidance cannot read: for who asks for a grammar
+                self._compiler = self._make_compiler()
 
     # -- a step --------------------------------------------------------------------------------------------
 
@@ -296,7 +303,9 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     executor.warmup()
     scheduler = config.scheduler(budget.max_model_len)
     info = _describe(config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads)
-    return EngineParts(executor, group, budget.num_pages, budget.host_pages, scheduler, info)
+    return EngineParts(
+        executor, group, budget.num_pages, budget.host_pages, scheduler, info, executor.prepare_grammars
+    )
 
 
 def _describe(

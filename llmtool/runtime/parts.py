@@ -91,7 +91,9 @@ def memory_bytes(info: Sizes, stats: EngineStats) -> dict[str, int]:
 
 @dataclass(slots=True)
 class EngineParts:
-    """An executor, ready to run, and what the policy must know to drive it."""
+    """An executor, ready to run, and what the policy must know to drive it. when_idle: called once, in the first
+    pause between requests, to get ready what only some of them need.
+    """
 
     executor: Executor
     group: KVCacheGroup
@@ -99,6 +101,7 @@ class EngineParts:
     host_pages: int
     scheduler: SchedulerConfig
     info: EngineInfo
+    when_idle: Callable[[], None] | None = None
 
 
 @dataclass(slots=True)
@@ -108,3 +111,4 @@ class PoolingParts:
     executor: PoolingExecutor
     scheduler: SchedulerConfig
     info: EngineInfo
+    when_idle: Callable[[], None] | None = None

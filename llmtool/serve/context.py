@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from llmtool.serve.metrics import ServerMetrics
 from llmtool.serve.params import check_length, check_prompt_logprobs, truncated
 from llmtool.serve.ports import Engine
 from llmtool.serve.protocol.common import GenerationFields
+from llmtool.serve.structured import GrammarChecker
 
 TOKENIZING_THREADS = 2  # a long text takes a core for seconds: more of them would starve the engine
 
@@ -36,7 +37,7 @@ class ServeContext:
     tokenizer: Tokenizer
     config: ServerConfig
     metrics: ServerMetrics
-    check_grammar: Callable[[Grammar], None]
+    check_grammar: GrammarChecker
     send_timeout: float = 30.0
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))

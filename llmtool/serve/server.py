@@ -28,6 +28,7 @@ Listening = Callable[[str, int], None]
 
 DEATH_GRACE = 2.0  # seconds for streams to get their error event after the engine died
 CLOSE_GRACE = 2.0  # seconds for connections to close once their work is done
+PAUSE = 0.5  # seconds between looks whether the engine is idle
 BACKLOG = 2048
 
 
@@ -96,6 +97,7 @@ async def serve(
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     stopped = asyncio.create_task(stop.wait())
     died = asyncio.create_task(engine.wait_dead())
+    preparing = asyncio.create_task(_prepare_grammars(app, engine))
     try:
         await _until_started(server, serving)
         if on_listening is not None:
@@ -112,9 +114,17 @@ async def serve(
                 f"The engine died: {died.result()}", "See the lines above; then start the server again."
             )
     finally:
-        for task in (serving, stopped, died):
+        for task in (serving, stopped, died, preparing):
             task.cancel()
-        await asyncio.gather(serving, stopped, died, return_exceptions=True)
+        await asyncio.gather(serving, stopped, died, preparing, return_exceptions=True)
+
+
+async def _prepare_grammars(app: FastAPI, engine: Engine) -> None:
+    """Once nobody waits for an answer: what the first structured output would otherwise have to wait for."""
+    await asyncio.sleep(PAUSE)
+    while engine.stats.num_running or engine.stats.num_waiting:
+        await asyncio.sleep(PAUSE)
+    await asyncio.to_thread(app.state.context.check_grammar.prepare)
 
 
 class _Server(uvicorn.Server):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from llmtool.core.request import Grammar
-from llmtool.errors import RequestError
+from llmtool.errors import ModelError, RequestError
 from llmtool.models.tokenizer import Tokenizer
 from llmtool.runtime.structured import (
     GrammarCompiler,
@@ -26,7 +27,8 @@ class GrammarChecker:
     """Raises RequestError for a grammar that cannot be compiled, or a choice that the model has no tokens for.
     Safe to call from several threads.
 
-    llguidance's view of the tokenizer takes a moment to build, so the first constrained request pays for it.
+    llguidance's view of the tokenizer takes a moment to build: `prepare` does so ahead, or the first constrained
+    request waits for it.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
@@ -36,15 +38,23 @@ class GrammarChecker:
         self._view: LLTokenizer | None = None
         self._building = threading.Lock()
 
+    def prepare(self) -> None:
+        with suppress(ModelError):  # a tokenizer that llguidance cannot read: for who asks for a grammar
+            self._tokens()
+
     def __call__(self, grammar: Grammar) -> None:
+        view = self._tokens()
+        validate_grammar(grammar, view)
+        check_startable(grammar, view)
+        if grammar.kind == "choice":
+            check_writable(json.loads(grammar.text), view)
+
+    def _tokens(self) -> LLTokenizer:
         with self._building:
             if self._view is None:
                 source = self._tokenizer.backend.to_str()
                 self._view = grammar_tokenizer(source, self._vocab_size, self._eos_token_ids)
-        validate_grammar(grammar, self._view)
-        check_startable(grammar, self._view)
-        if grammar.kind == "choice":
-            check_writable(json.loads(grammar.text), self._view)
+            return self._view
 
 
 def check_startable(grammar: Grammar, view: LLTokenizer) -> None:

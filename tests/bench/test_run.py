@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llmtool.bench.config import BenchConfig, DatasetConfig, LoadConfig
-from llmtool.bench.load import Progress
+from llmtool.bench.load import Progress, run_load
 from llmtool.bench.mock import MockOptions, MockServer
 from llmtool.bench.result import BenchResult, read_result
 from llmtool.bench.run import connect, run_bench, run_blocking
@@ -125,6 +125,46 @@ def test_knee_of_a_server_with_two_slots() -> None:
     assert result.runs[0].metrics["max_concurrent_requests"] == 40
     assert result.knee["capacity"] <= 2 / 0.02
     assert len(result.runs) <= 5
+
+
+def test_no_run_of_a_sweep_repeats_the_prompts_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[float, list[Any]]] = []
+
+    async def recorded(backend: Any, requests: Any, offsets: Any, *rest: Any) -> Any:
+        sent.append((float(offsets[-1]), [r.token_ids for r in requests]))
+        return await run_load(backend, requests, offsets, *rest)
+
+    monkeypatch.setattr("llmtool.bench.run.run_load", recorded)
+
+    def prompts(load: LoadConfig) -> list[list[Any]]:
+        sent.clear()
+        bench(BenchConfig(dataset=SMALL, load=replace(load, num_warmups=0), goodput=("ttft:1",)))
+        return [ids for _, ids in sent]
+
+    swept = prompts(LoadConfig(request_rates=(300.0, 600.0, 300.0)))
+    assert len({tuple(ids) for run in swept for ids in run}) == 3 * SMALL.num_prompts
+    again = prompts(LoadConfig(request_rates=(600.0, 900.0)))
+    assert again[0] == swept[1] and again[1] not in swept  # the same rate has the same prompts: comparable
+    searched = prompts(
+        LoadConfig(search_knee=True, knee_min_rate=100.0, knee_max_rate=900.0, knee_max_runs=4)
+    )
+    assert len({tuple(ids) for run in searched for ids in run}) == len(searched) * SMALL.num_prompts > 50
+
+
+def test_a_file_too_short_for_fresh_prompts_is_a_warning(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Tell me of the number {i}, please.", "output_len": 3} for i in range(24)]
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    data = DatasetConfig(dataset_name="custom", dataset_path=str(file), num_prompts=24)
+    config = BenchConfig(dataset=data, load=LoadConfig(request_rates=(300.0, 600.0), num_warmups=0))
+
+    def warned(share: float, remembers: bool) -> bool:
+        result = bench(config, replace(FAST, cached_share=share, remembers=remembers))
+        return any("too few prompts" in w for w in result.warnings)
+
+    assert warned(0.9, True)
+    assert not warned(0.9, False)  # as much in the first run: what the prompts themselves share
+    assert not warned(0.0, True)
 
 
 def test_timed_trace_is_replayed(tmp_path: Path) -> None:

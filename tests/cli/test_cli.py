@@ -98,3 +98,15 @@ def test_sizes(text: str, nbytes: int) -> None:
 def test_a_bad_size() -> None:
     with pytest.raises(UsageError):
         parse_size("-1GiB")
+
+
+def test_the_key_is_not_shown_and_its_mask_is_no_key(tmp_path: Path) -> None:
+    done = llmtool("serve", "--api-key", "sk-secret", "--print-config", "--json")
+    assert done.returncode == 0 and "sk-secret" not in done.stdout + done.stderr
+    assert json.loads(done.stdout)["api_key"] == "***"
+    assert "sk-secret" not in llmtool("serve", "--print-config", env={"LLMTOOL_API_KEY": "sk-secret"}).stdout
+    assert json.loads(llmtool("serve", "--print-config", "--json").stdout)["api_key"] is None
+    file = tmp_path / "shown.json"
+    file.write_text(done.stdout)
+    again = llmtool("serve", "--config", str(file))
+    assert again.returncode == 2 and "LLMTOOL_API_KEY" in again.stderr and again.stdout == ""

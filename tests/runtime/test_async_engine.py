@@ -147,6 +147,8 @@ def test_a_cancelled_add_leaves_nothing_behind(tmp_path: Path, monkeypatch: pyte
     async def body() -> None:
         async with started() as engine:
             stuck = await engine.add("stuck", [94], SamplingParams(max_tokens=1))
+            while not (tmp_path / "reached").exists():  # from here on it takes no command
+                await asyncio.sleep(0.01)
             add = asyncio.create_task(engine.add("r", [1], SamplingParams(max_tokens=100)))
             await asyncio.sleep(0.05)
             add.cancel()
@@ -275,3 +277,25 @@ def test_the_step_log_replays(tmp_path: Path) -> None:
     run(body)
     result = replay(path)
     assert result.mismatch is None and result.steps > 30
+
+
+def test_the_first_pause_is_used_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "idle"
+    monkeypatch.setenv("TEST_ENGINE_IDLE", str(file))
+
+    async def body() -> None:
+        async with started() as engine:
+            for seed in range(2):
+                stream = await engine.add(
+                    f"r{seed}", [4, 5], SamplingParams(max_tokens=3, temperature=0.0, seed=0)
+                )
+                assert await tokens_of(stream) == {0: expected([4, 5], 3, 0)}
+                for _ in range(500):
+                    if file.exists():
+                        break
+                    await asyncio.sleep(0.01)
+                await idle(engine)
+                await asyncio.sleep(0.6)
+            assert file.read_text() == "idle\n"
+
+    run(body)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmtool.core.request import BeamParams, Grammar, SamplingParams, TokenLogprob
+from llmtool.errors import ModelError
 from llmtool.runtime.executor import TorchExecutor
 from llmtool.runtime.structured import GrammarCompiler, grammar_tokenizer
 from tests.runtime.test_structured import TOKENIZER, ids
@@ -393,3 +394,32 @@ def test_time_is_measured(tiny: TinyModel) -> None:
     script = Script(tiny.executor())
     script.add("a", [3, 4])
     assert script.step({"a": 2}).seconds > 0
+
+
+def test_the_grammar_compiler_can_be_made_ahead(tiny: TinyModel) -> None:
+    made: list[GrammarCompiler] = []
+
+    def make() -> GrammarCompiler:
+        made.append(compiler())
+        return made[-1]
+
+    executor = tiny.executor(grammars=make)
+    assert made == []
+    executor.prepare_grammars()
+    executor.prepare_grammars()
+    assert len(made) == 1
+    script = Script(executor)
+    script.add("a", [3, 4], SamplingParams(temperature=0, grammar=Grammar("choice", '["ab"]')))
+    assert not script.step({"a": 2}).errors
+    assert len(made) == 1
+
+
+def test_a_tokenizer_unfit_for_grammars_fails_who_asks_for_one(tiny: TinyModel) -> None:
+    def make() -> GrammarCompiler:
+        raise ModelError("The tokenizer cannot be used for structured output: it is odd.")
+
+    executor = tiny.executor(grammars=make)
+    executor.prepare_grammars()
+    script = Script(executor)
+    script.add("a", [3, 4], SamplingParams(grammar=Grammar("choice", '["ab"]')))
+    assert "it is odd" in script.step({"a": 2}).errors["a"]

@@ -17,7 +17,8 @@ from llmtool.config import ServerConfig
 from llmtool.core.request import SamplingParams
 from llmtool.errors import EngineDead, UsageError
 from llmtool.serve.server import bind, serve
-from tests.serve.conftest import parse_events
+from llmtool.serve.structured import GrammarChecker
+from tests.serve.conftest import parse_events, says
 from tests.serve.fake import FakeEngine, tiny_tokenizer
 
 pytestmark = pytest.mark.anyio
@@ -223,3 +224,18 @@ async def test_a_taken_port_is_a_usage_error() -> None:
     first.close()
     with pytest.raises(UsageError, match="Cannot listen"):
         bind("no.such.host.invalid", 0)
+
+
+async def test_grammars_are_prepared_once_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[int] = []
+    monkeypatch.setattr("llmtool.serve.server.PAUSE", 0.02)
+    monkeypatch.setattr(GrammarChecker, "prepare", lambda self: prepared.append(1))
+    engine = FakeEngine(says("Hello"))
+    engine.stats.num_running = 1
+    async with live(engine) as server:
+        await asyncio.sleep(0.2)
+        assert prepared == []
+        engine.stats.num_running = 0
+        await server.until(lambda: bool(prepared))
+        await asyncio.sleep(0.1)
+    assert prepared == [1]

@@ -15,11 +15,12 @@ from tests.support.core import VOCAB, MemoryExecutor, group
 
 STEP_SECONDS = 0.002
 GATE = "TEST_ENGINE_GATE"
+IDLE = "TEST_ENGINE_IDLE"  # names a file that gets a line for every preparation in a pause
 
 
 class PacedExecutor(MemoryExecutor):
     """Takes a little real time per step. Token 96 first in a prompt kills the process; 95 fails the engine; 94
-    makes it wait for the file that TEST_ENGINE_GATE names."""
+    makes it wait for the file that TEST_ENGINE_GATE names, next to which it says so with one called "reached"."""
 
     def submit(self, out: SchedulerOutput) -> None:
         for new in out.new:
@@ -27,6 +28,8 @@ class PacedExecutor(MemoryExecutor):
                 os._exit(9)
             if new.token_ids[0] == 95:
                 raise RuntimeError("this executor is broken")
+            if new.token_ids[0] == 94:
+                Path(os.environ[GATE]).with_name("reached").touch()
             while new.token_ids[0] == 94 and not Path(os.environ[GATE]).exists():
                 time.sleep(0.01)
         time.sleep(STEP_SECONDS)
@@ -60,4 +63,10 @@ def build(config: EngineConfig, progress: Progress) -> EngineParts:
         activation_bytes=0,
         num_threads=1,
     )
-    return EngineParts(PacedExecutor(group()), group(), pages, 0, scheduler, info)
+
+    def when_idle() -> None:
+        with Path(os.environ[IDLE]).open("a") as file:
+            file.write("idle\n")
+
+    prepare = when_idle if IDLE in os.environ else None
+    return EngineParts(PacedExecutor(group()), group(), pages, 0, scheduler, info, prepare)
