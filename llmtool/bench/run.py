@@ -26,7 +26,7 @@ from llmtool.workload.metrics import summarize
 from llmtool.workload.requests import BenchRequest, Tokenizer
 
 T = TypeVar("T")
-UNSHARED = ("random", "copy", "azure", "burstgpt", "lengths")  # made-up prompts without common prefixes
+UNSHARED = ("random", "azure", "burstgpt", "lengths")  # made-up prompts without common prefixes
 TEXTS = ("sharegpt", "custom")  # prompts as a file has them
 HIT_SHARE = 0.05  # of their tokens found in a prefix cache: more is no chance
 

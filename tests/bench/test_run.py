@@ -265,6 +265,7 @@ def test_prompts_that_the_server_has_seen_before_are_a_warning() -> None:
     assert warned(SMALL, 0.5)
     assert not warned(SMALL, 0.0)
     assert not warned(replace(SMALL, random_prefix_len=8), 0.5)  # there sharing is the purpose
+    assert not warned(replace(SMALL, dataset_name="copy", copy_passage_len=20), 0.5)  # they share what is asked
 
 
 def test_ramps_and_traces_are_recorded_as_such(tmp_path: Path) -> None:
