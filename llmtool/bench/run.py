@@ -20,7 +20,7 @@ from llmtool.bench.environment import hardware, versions
 from llmtool.bench.load import LoadOutcome, ProgressCallback, run_load
 from llmtool.bench.prepare import build_offsets, build_requests, build_warmups, run_seed
 from llmtool.bench.result import BenchResult, RunResult, make_run
-from llmtool.bench.sweep import find_knee, sweep
+from llmtool.bench.sweep import find_knee, sweep, too_short
 from llmtool.errors import LLMToolError, UsageError
 from llmtool.workload.metrics import summarize
 from llmtool.workload.requests import BenchRequest, Tokenizer
@@ -81,6 +81,7 @@ async def run_bench(
         kind = "knee"
         runs, found = await find_knee(bench.measure, load)
         knee = found.as_dict()
+        runs = [_cautioned(run, found.request_rate) for run in runs]
     elif load.request_rates:
         kind, runs = "sweep", await sweep(bench.measure, load.request_rates)
     else:
@@ -98,6 +99,12 @@ async def run_bench(
         label=config.label,
         knee=knee,
     )
+
+
+def _cautioned(run: RunResult, knee: float | None) -> RunResult:
+    """The run at the knee, with a warning where it was too short for one."""
+    caution = too_short(run.metrics, run.request_rate) if run.request_rate == knee else None
+    return run if caution is None else replace(run, warnings=(*run.warnings, caution))
 
 
 class _Bench:

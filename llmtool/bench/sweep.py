@@ -17,6 +17,7 @@ from llmtool.bench.result import RunResult
 
 Measure = Callable[[float], Awaitable[RunResult]]
 KEPT_UP = 0.9  # of the offered rate: completing less than this is falling behind
+SPANS = 3  # requests should come for as long as so many of them take
 FIRST_SHARE = 0.75  # of the capacity: where the search starts
 UP, DOWN = 1.5, 0.5
 
@@ -60,6 +61,20 @@ def holds(metrics: Mapping[str, Any], slo_attainment: float, rate: float = math.
     if attained is not None and attained < slo_attainment:
         return False
     return all(slo["met"] for slo in metrics["slos"] if "met" in slo)
+
+
+def too_short(metrics: Mapping[str, Any], rate: float) -> str | None:
+    """A sentence where the requests of a run all came within the time that few of them take: whether a server keeps
+    up with a rate shows once early requests have ended and later ones still come.
+    """
+    sent, typical = metrics["completed"] + metrics["failed"], (metrics.get("median_e2el_ms") or 0.0) / 1000
+    if not math.isfinite(rate) or sent >= SPANS * rate * typical:
+        return None
+    enough = math.ceil(2 * SPANS * rate * typical)
+    return (
+        f"The {sent} requests at {rate:.3g}/s came within {sent / rate:.2g} s, and one takes {typical:.2g} s: too "
+        f"few to tell whether the server keeps up. Give --num-prompts {enough} or more."
+    )
 
 
 async def sweep(measure: Measure, rates: tuple[float, ...]) -> list[RunResult]:

@@ -131,12 +131,16 @@ def test_500_connections_at_once(server: RunningServer) -> None:
                 await connected.acquire()
             gate.set()
             await asyncio.sleep(1)
-            # In the midst of it the server still answers its probes at once.
+            # In the midst of it the server still answers its probes at once: in a fraction of the time that the
+            # work takes, however long that is on a busy machine.
             started = time.monotonic()
             async with session.get(f"{server.url}/health") as response:
                 assert response.status == 200
-            assert time.monotonic() - started < 3
-            return list(await asyncio.gather(*tasks))
+            probed = time.monotonic() - started
+            assert not all(task.done() for task in tasks)
+            answers = list(await asyncio.gather(*tasks))
+            assert probed < (time.monotonic() - started) / 4
+            return answers
 
     assert asyncio.run(main()) == [(200, "length", 4)] * CONNECTIONS
 

@@ -16,8 +16,9 @@ import pytest
 from llmtool.bench.config import BenchConfig, DatasetConfig, LoadConfig
 from llmtool.bench.load import Progress, run_load
 from llmtool.bench.mock import MockOptions, MockServer
-from llmtool.bench.result import BenchResult, read_result
-from llmtool.bench.run import connect, run_bench, run_blocking
+from llmtool.bench.result import BenchResult, RunResult, read_result
+from llmtool.bench.run import _cautioned, connect, run_bench, run_blocking
+from llmtool.bench.sweep import too_short
 from llmtool.bench.tokenizer import ServerTokenizer
 from llmtool.errors import LLMToolError, UsageError
 from tests.workload.fake import ByteTokenizer, data_file
@@ -125,6 +126,16 @@ def test_knee_of_a_server_with_two_slots() -> None:
     assert result.runs[0].metrics["max_concurrent_requests"] == 40
     assert result.knee["capacity"] <= 2 / 0.02
     assert len(result.runs) <= 5
+    assert not any("too few to tell" in w for w in result.warnings)
+
+
+def test_how_long_a_run_must_be() -> None:
+    run = {"completed": 20, "failed": 0, "median_e2el_ms": 500.0}
+    assert too_short(run, 10.0) is None  # 2 s of arrivals, four times what a request takes
+    assert "--num-prompts 60 or more" in (too_short(run, 20.0) or "")
+    assert too_short(run, math.inf) is None
+    runs = [_cautioned(RunResult(rate, run, warnings=("first",)), 20.0) for rate in (10.0, 20.0, 40.0)]
+    assert [len(r.warnings) for r in runs] == [1, 2, 1]  # only the knee is claimed
 
 
 def test_no_run_of_a_sweep_repeats_the_prompts_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +276,9 @@ def test_prompts_that_the_server_has_seen_before_are_a_warning() -> None:
     assert warned(SMALL, 0.5)
     assert not warned(SMALL, 0.0)
     assert not warned(replace(SMALL, random_prefix_len=8), 0.5)  # there sharing is the purpose
-    assert not warned(replace(SMALL, dataset_name="copy", copy_passage_len=20), 0.5)  # they share what is asked
+    assert not warned(
+        replace(SMALL, dataset_name="copy", copy_passage_len=20), 0.5
+    )  # they share what is asked
 
 
 def test_ramps_and_traces_are_recorded_as_such(tmp_path: Path) -> None:
