@@ -106,7 +106,10 @@ def _report(connection: Connection, error: LLMToolError, trace: str) -> None:
 
 class _Loop:
     def __init__(
-        self, connection: Connection, engine: Engine | PoolingEngine, when_idle: Callable[[], None] | None = None
+        self,
+        connection: Connection,
+        engine: Engine | PoolingEngine,
+        when_idle: Callable[[], None] | None = None,
     ) -> None:
         self._connection = connection
         self._engine = engine
