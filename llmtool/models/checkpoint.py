@@ -15,6 +15,7 @@ from llmtool.models.weights import (
     DenseWeights,
     ExpertWeights,
     LatentAttentionWeights,
+    as_tensor,
     LayerWeights,
 )
 from llmtool.modelspec import AttentionSpec, LatentSpec, ModelSpec
@@ -86,7 +87,7 @@ def slots(spec: ModelSpec, weights: DecoderWeights) -> dict[str, Slot]:
         "model.norm.weight": Slot(weights.norm, norm),
     }
     if not spec.tied_embeddings:
-        table["lm_head.weight"] = Slot(weights.lm_head)
+        table["lm_head.weight"] = Slot(as_tensor(weights.lm_head))
     for i, layer in enumerate(weights.layers):
         parts = {**_norms(spec, layer), **_mlp(spec, layer.mlp)}
         if isinstance(layer.attention, AttentionWeights):
@@ -119,13 +120,13 @@ def _attention(spec: ModelSpec, w: AttentionWeights) -> dict[str, Slot]:
     a = spec.attention
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     table: dict[str, Slot] = {}
-    for kind, tensor in (("weight", w.qkv), ("bias", w.qkv_bias)):
+    for kind, tensor in (("weight", as_tensor(w.qkv)), ("bias", w.qkv_bias)):
         if tensor is not None and spec.family == "phi3":
             table[f"qkv_proj.{kind}"] = Slot(tensor)
         elif tensor is not None:
             parts = zip(("q_proj", "k_proj", "v_proj"), tensor.split((q, kv, kv)), strict=True)
             table |= {f"{name}.{kind}": Slot(part) for name, part in parts}
-    table |= _present({"o_proj.weight": w.o, "o_proj.bias": w.o_bias, "sinks": w.sinks})
+    table |= _present({"o_proj.weight": as_tensor(w.o), "o_proj.bias": w.o_bias, "sinks": w.sinks})
     norms = _present({"q_norm.weight": w.q_norm, "k_norm.weight": w.k_norm})
     table |= {name: Slot(slot.target, _norm_convert(spec)) for name, slot in norms.items()}
     return {f"self_attn.{name}": slot for name, slot in table.items()}
@@ -138,17 +139,17 @@ def _latent(a: AttentionSpec, latent: LatentSpec, w: LatentAttentionWeights) -> 
         unpaired_kv = _unpair(1, latent.kv_rank, latent.rope_dim)
     table = _present(
         {
-            "q_a_proj.weight": w.q_down,
+            "q_a_proj.weight": None if w.q_down is None else as_tensor(w.q_down),
             "q_a_proj.bias": w.q_down_bias,
             "q_a_layernorm.weight": w.q_norm,
             "kv_a_layernorm.weight": w.kv_norm,
             "kv_b_proj.weight": w.kv_up.flatten(0, 1),
-            "o_proj.weight": w.o,
+            "o_proj.weight": as_tensor(w.o),
             "o_proj.bias": w.o_bias,
         }
     )
-    table["q_proj.weight" if w.q_down is None else "q_b_proj.weight"] = Slot(w.q, unpaired_q)
-    table["kv_a_proj_with_mqa.weight"] = Slot(w.kv_down, unpaired_kv)
+    table["q_proj.weight" if w.q_down is None else "q_b_proj.weight"] = Slot(as_tensor(w.q), unpaired_q)
+    table["kv_a_proj_with_mqa.weight"] = Slot(as_tensor(w.kv_down), unpaired_kv)
     if w.kv_down_bias is not None:
         table["kv_a_proj_with_mqa.bias"] = Slot(w.kv_down_bias, unpaired_kv)
     return {f"self_attn.{name}": slot for name, slot in table.items()}
@@ -175,8 +176,8 @@ def _mlp(spec: ModelSpec, w: DenseWeights | ExpertWeights) -> dict[str, Slot]:
 
 
 def _dense(w: DenseWeights, prefix: str, names: ExpertNames, fused: bool = False) -> dict[str, Slot]:
-    table = _present({f"{prefix}.{names.down}.weight": w.down, f"{prefix}.{names.down}.bias": w.down_bias})
-    for kind, tensor in (("weight", w.gate_up), ("bias", w.gate_up_bias)):
+    table = _present({f"{prefix}.{names.down}.weight": as_tensor(w.down), f"{prefix}.{names.down}.bias": w.down_bias})
+    for kind, tensor in (("weight", as_tensor(w.gate_up)), ("bias", w.gate_up_bias)):
         if tensor is not None and fused:
             table[f"{prefix}.gate_up_proj.{kind}"] = Slot(tensor)
         elif tensor is not None:
@@ -188,6 +189,7 @@ def _dense(w: DenseWeights, prefix: str, names: ExpertNames, fused: bool = False
 
 def _gpt_oss(w: ExpertWeights) -> dict[str, Slot]:
     """All experts in one tensor, [in, out], the columns of gate and up alternating."""
+    assert isinstance(w.gate_up, Tensor) and isinstance(w.down, Tensor)
     experts, rows, hidden = w.gate_up.shape
     assert w.router_bias is not None and w.gate_up_bias is not None and w.down_bias is not None
     return {

@@ -6,7 +6,7 @@ a layer does (which norms, which rotary embedding, which window, which MLP) is i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,12 +23,22 @@ from llmtool.models.weights import AttentionWeights, DecoderWeights, DenseWeight
 from llmtool.modelspec import DenseSpec, LayerSpec, ModelSpec, MoESpec
 
 
+LayerPlace = tuple[KVLayout, int]
+
+
 @dataclass(frozen=True, slots=True)
 class KVContext:
-    """A step's KV memory. arena: uint8 [bytes]. layers: layer -> where its KV lies, and its group's batch."""
+    """A step's KV memory. arena: uint8 [bytes]. layers: layer -> where its KV lies in its group's pages, and the
+    number of that group: the same object in every step of an engine. batches: the step, a batch per group."""
 
     arena: Tensor
-    layers: Mapping[int, tuple[KVLayout, AttentionBatch]]
+    layers: Mapping[int, LayerPlace]
+    batches: Sequence[AttentionBatch]
+
+    def layer(self, i: int) -> LayerKV:
+        """What the attention of layer i needs."""
+        layout, group = self.layers[i]
+        return self.arena, layout, self.batches[group]
 
 
 class Decoder(Protocol):
@@ -41,10 +51,16 @@ class Decoder(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def dtype(self) -> torch.dtype: ...
+    def dtype(self) -> torch.dtype:
+        """Of activations and KV; weights may be in fewer bits."""
+        ...
+
+    @property
+    def weight_bytes(self) -> int: ...
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
-        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N]; writes their KV to kv.arena."""
+        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N]; writes their KV to kv.arena. What is
+        returned may be overwritten by the next call."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -73,6 +89,10 @@ class NativeDecoder:
     def dtype(self) -> torch.dtype:
         return self.weights.embedding.dtype
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.weights.nbytes
+
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
         rotations = [rope(positions) for rope in self._ropes]
         hidden = F.embedding(input_ids, self.weights.embedding)  # [N, hidden]
@@ -81,20 +101,14 @@ class NativeDecoder:
         for i, (layer, w) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
             rope = self._rope_of[i]
             x = self._norm(hidden, w.attention_norm)
-            x = self._attention(
-                x, layer, w, None if rope is None else rotations[rope], (kv.arena, *kv.layers[i])
-            )
+            x = self._attention(x, layer, w, None if rope is None else rotations[rope], kv.layer(i))
             hidden = self._add(hidden, x, w.attention_out_norm)
             x = self._mlp(self._norm(hidden, w.mlp_norm), layer, w)
             hidden = self._add(hidden, x, w.mlp_out_norm)
         return self._norm(hidden, self.weights.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        logits = linear(hidden, self.weights.lm_head).float()
-        if self.spec.logits_divisor != 1.0:
-            logits /= self.spec.logits_divisor
-        cap = self.spec.logits_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return finish_logits(linear(hidden, self.weights.lm_head).float(), self.spec)
 
     def _attention(
         self, x: Tensor, layer: LayerSpec, w: LayerWeights, rotation: Rotation | None, kv: LayerKV
@@ -119,3 +133,11 @@ class NativeDecoder:
         """The residual stream after a block that returned x."""
         x = self._norm(x, norm)
         return hidden + (x if self.spec.residual_scale == 1.0 else x * self.spec.residual_scale)
+
+
+def finish_logits(logits: Tensor, spec: ModelSpec) -> Tensor:
+    """What comes after the output head, in place where it can be. logits: float32 [S, vocab]."""
+    if spec.logits_divisor != 1.0:
+        logits /= spec.logits_divisor
+    cap = spec.logits_softcap
+    return logits if cap is None else torch.tanh(logits / cap) * cap

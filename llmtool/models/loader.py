@@ -8,14 +8,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from llmtool_kernels.cpu.native import kernels, supports
+from llmtool_kernels.cpu.weights import can_pack
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmtool.errors import ModelError
+from llmtool.models.bind import QUANTIZATIONS, Binder, bind
 from llmtool.models.checkpoint import Slot, canonical_name, is_ignored, slots
+from llmtool.models.cpu_decoder import CpuDecoder
 from llmtool.models.decoder import Decoder, NativeDecoder
 from llmtool.models.dequantise import plain_tensors
-from llmtool.models.weights import DecoderWeights, allocate, fill_random
+from llmtool.models.weights import DecoderWeights, allocate, fill_random, named_tensors
 from llmtool.modelspec import ModelSpec
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -31,12 +35,14 @@ def load(
     load_format: str = "auto",
     seed: int = 0,
     max_length: int | None = None,
+    quantization: str | None = None,
 ) -> Decoder:
     """The decoder of a Hugging Face directory, its weights cast to dtype on device: native where its family is,
     through transformers where not.
 
     load_format: auto reads *.safetensors; dummy draws random weights from `seed` and needs config.json only.
     max_length: tokens of the longest sequence to come, if it is less than the model was made for.
+    quantization: int8 or int4 rounds the matrices to so many bits as they come; native families only.
     Peak memory is the fused weights plus the one tensor being copied. Raises ModelError naming every tensor
     that is missing, unexpected or of the wrong shape.
     """
@@ -44,6 +50,11 @@ def load(
     if not ModelSpec.is_native(directory):
         from llmtool.models.transformers_backend import load_with_transformers  # seconds of imports
 
+        if quantization is not None:
+            raise ModelError(
+                f"The model in {directory} runs through transformers, where --quantization has no effect.",
+                "Leave it out, or take a model of a native family.",
+            )
         return load_with_transformers(directory, dtype, torch.device(device), load_format, seed)
     spec = ModelSpec.from_dir(directory)
     weights = allocate(spec, dtype, torch.device(device))
@@ -51,6 +62,21 @@ def load(
         fill_random(weights, seed)
     else:
         _fill(spec, weights, directory, progress or (lambda done, total: None))
+    return assemble(spec, weights, quantization, max_length)
+
+
+def assemble(
+    spec: ModelSpec, weights: DecoderWeights, quantization: str | None = None, max_length: int | None = None
+) -> Decoder:
+    """The fastest decoder there is for loaded weights, which it takes over."""
+    dtype, device = weights.embedding.dtype, weights.embedding.device
+    native = kernels() if supports(dtype, device) else None
+    bits = None if quantization is None else QUANTIZATIONS[quantization]
+    if native is not None and all(can_pack(matrix) for _, matrix in named_tensors(weights) if matrix.dim() > 1):
+        bind(spec, weights, Binder(native, bits))
+        return CpuDecoder(spec, weights, native, max_length)
+    if bits is not None:
+        bind(spec, weights, Binder(None, bits))
     return NativeDecoder(spec, weights, max_length)
 
 

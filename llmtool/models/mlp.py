@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from llmtool_kernels.cpu.linear import PackedLinear
 from torch import Tensor
 
 from llmtool.models.ops import gated, linear
@@ -13,7 +14,10 @@ from llmtool.modelspec import GateSpec, MoESpec, RouterSpec
 
 def dense(x: Tensor, w: DenseWeights, gate: GateSpec) -> Tensor:
     """x [N, hidden] -> [N, hidden]."""
-    return linear(gated(linear(x, w.gate_up, w.gate_up_bias), gate), w.down, w.down_bias)
+    inner = linear(x, w.gate_up, w.gate_up_bias)
+    if not isinstance(w.gate_up, PackedLinear):  # which has joined them
+        inner = gated(inner, gate)
+    return linear(inner, w.down, w.down_bias)
 
 
 def mixture(x: Tensor, w: ExpertWeights, spec: MoESpec) -> Tensor:

@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtool.models.weights import Matrix
 from llmtool.modelspec import GateSpec
 
 Rotation = tuple[Tensor, Tensor]  # cos, sin: each float32 [N, 1, rotated dims / 2]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [N, in] by weight [out, in] -> [N, out]."""
-    return F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
+    """x [N, in] by weight [out, in] -> [N, out]. A bound weight has its bias with it."""
+    return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight(x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -43,6 +43,7 @@ class TransformersDecoder:
         self._head = _replaced(model, path.split("."), _Identity())
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.weight_bytes = sum(p.nbytes for p in model.parameters())
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
         out = self._body(
@@ -99,10 +100,10 @@ def _paged(
     if not isinstance(llmtool_kv, KVContext):
         llmtool_kv(call)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
-    layout, batch = llmtool_kv.layers[call.layer]
+    arena, layout, batch = llmtool_kv.layer(call.layer)
     q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [N, heads, D]
     out = paged_attention(
-        q, k, v, llmtool_kv.arena, layout, batch, call.scale, call.window, softcap=softcap, sinks=s_aux
+        q, k, v, arena, layout, batch, call.scale, call.window, softcap=softcap, sinks=s_aux
     )
     return out[None], None
 

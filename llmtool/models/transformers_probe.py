@@ -161,7 +161,7 @@ def _scratch_memory(
     first = AttentionBatch.build([cut], [cut], tables[:1], 4, decoder.device)
     second = AttentionBatch.build([total - cut, other], [total, other], tables, 4, decoder.device)
     return (
-        lambda batch: KVContext(arena, {i: (layout, batch) for i, layout in layouts.items()}),
+        lambda batch: KVContext(arena, {i: (layout, 0) for i, layout in layouts.items()}, (batch,)),
         first,
         second,
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,12 +12,32 @@ from torch import Tensor
 from llmtool.modelspec import AttentionSpec, DenseSpec, LatentSpec, LayerSpec, ModelSpec, MoESpec
 
 
+class BoundMatrix(Protocol):
+    """A matrix, and the bias that goes with it, in a form of its own: in panels, or in fewer bits."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, in] -> [N, out], or [N, out / 2] if it also joins gates and ups."""
+        ...
+
+
+Matrix = Tensor | BoundMatrix  # loaded as a tensor, then bound or not (llmtool/models/bind.py)
+
+
+def as_tensor(matrix: Matrix) -> Tensor:
+    """A matrix that has not been bound."""
+    assert isinstance(matrix, Tensor)
+    return matrix
+
+
 @dataclass(slots=True)
 class AttentionWeights:
     """Rows of qkv: q, k, v heads."""
 
-    qkv: Tensor  # [(Hq + 2 Hkv) * D, hidden]
-    o: Tensor  # [hidden, Hq * D]
+    qkv: Matrix  # [(Hq + 2 Hkv) * D, hidden]
+    o: Matrix  # [hidden, Hq * D]
     qkv_bias: Tensor | None = None
     o_bias: Tensor | None = None
     q_norm: Tensor | None = None  # [D], or [Hq * D] of a norm over all heads
@@ -28,12 +49,12 @@ class AttentionWeights:
 class LatentAttentionWeights:
     """DeepSeek's names in brackets. Rotary rows of q and kv_down: pairs half the rotary dimensions apart."""
 
-    q: Tensor  # [Hq * (nope + rope), q_rank or hidden]  (q_b_proj or q_proj)
-    kv_down: Tensor  # [kv_rank + rope, hidden]  (kv_a_proj_with_mqa)
+    q: Matrix  # [Hq * (nope + rope), q_rank or hidden]  (q_b_proj or q_proj)
+    kv_down: Matrix  # [kv_rank + rope, hidden]  (kv_a_proj_with_mqa)
     kv_norm: Tensor  # [kv_rank]
     kv_up: Tensor  # [Hq, nope + v, kv_rank]  (kv_b_proj)
-    o: Tensor  # [hidden, Hq * v]
-    q_down: Tensor | None = None  # [q_rank, hidden]  (q_a_proj)
+    o: Matrix  # [hidden, Hq * v]
+    q_down: Matrix | None = None  # [q_rank, hidden]  (q_a_proj)
     q_norm: Tensor | None = None  # [q_rank]
     q_down_bias: Tensor | None = None
     kv_down_bias: Tensor | None = None
@@ -44,8 +65,8 @@ class LatentAttentionWeights:
 class DenseWeights:
     """Rows of gate_up: gates, then ups."""
 
-    gate_up: Tensor  # [2 * inner, hidden]
-    down: Tensor  # [hidden, inner]
+    gate_up: Matrix  # [2 * inner, hidden]
+    down: Matrix  # [hidden, inner]
     gate_up_bias: Tensor | None = None
     down_bias: Tensor | None = None
 
@@ -55,8 +76,8 @@ class ExpertWeights:
     """router and correction are float32: a rounded score may choose another expert."""
 
     router: Tensor  # [E, hidden]
-    gate_up: Tensor  # [E, 2 * inner, hidden]
-    down: Tensor  # [E, hidden, inner]
+    gate_up: Tensor | Sequence[Matrix]  # [E, 2 * inner, hidden]
+    down: Tensor | Sequence[Matrix]  # [E, hidden, inner]
     router_bias: Tensor | None = None  # [E]
     correction: Tensor | None = None  # [E]
     gate_up_bias: Tensor | None = None  # [E, 2 * inner]
@@ -82,20 +103,31 @@ class DecoderWeights:
     embedding: Tensor  # [vocab, hidden]
     layers: list[LayerWeights]
     norm: Tensor  # [hidden]
-    lm_head: Tensor  # [vocab, hidden]; the embedding itself when tied
+    lm_head: Matrix  # [vocab, hidden]; the embedding itself when tied
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory; what is tied counts once."""
+        return sum({id(matrix): matrix.nbytes for _, matrix in named_matrices(self)}.values())
 
 
 def named_tensors(weights: object, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """(path, tensor) of all tensors under a weights dataclass; a tied lm_head comes a second time."""
+    """(path, tensor) of all tensors under an unbound weights dataclass; a tied lm_head comes a second time."""
+    for name, matrix in named_matrices(weights, prefix):
+        yield name, as_tensor(matrix)
+
+
+def named_matrices(weights: object, prefix: str = "") -> Iterator[tuple[str, Matrix]]:
+    """The same where some may be bound. Vectors count as matrices here."""
     for field in fields(weights):  # type: ignore[arg-type]
         value = getattr(weights, field.name)
-        if isinstance(value, Tensor):
-            yield prefix + field.name, value
-        elif isinstance(value, list):
-            for i, item in enumerate(value):
-                yield from named_tensors(item, f"{prefix}{field.name}.{i}.")
-        elif value is not None:
-            yield from named_tensors(value, f"{prefix}{field.name}.")
+        items = enumerate(value) if isinstance(value, list) else [("", value)]
+        for i, item in items:
+            name = f"{prefix}{field.name}" if i == "" else f"{prefix}{field.name}.{i}"
+            if isinstance(item, Tensor) or (callable(item) and hasattr(item, "nbytes")):
+                yield name, item
+            elif item is not None:
+                yield from named_matrices(item, f"{name}.")
 
 
 def allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:

@@ -71,7 +71,7 @@ class TorchExecutor:
         self.store = store
         self._sequences = SequenceTable([store.group], max_num_seqs, max_model_len)
         self._sampling = SamplingRows(max_num_seqs, model.spec.vocab_size, eos_token_ids, model.device)
-        self._layouts = store.layouts()
+        self._layers = {layer: (layout, 0) for layer, layout in store.layouts().items()}
         self._make_compiler = grammars
         self._compiler: GrammarCompiler | None = None
         self._matchers: dict[int, LLMatcher] = {}  # row -> its grammar's state
@@ -179,8 +179,7 @@ class TorchExecutor:
     def _execute(self, scheduled: list[ScheduledRequest], outcome: _Outcome) -> None:
         rows = self._sequences.apply(scheduled)
         inputs = self._sequences.inputs(scheduled, rows, self.model.device)
-        (batch,) = inputs.batches
-        kv = KVContext(self.store.arena, {i: (layout, batch) for i, layout in self._layouts.items()})
+        kv = KVContext(self.store.arena, self._layers, inputs.batches)
         hidden = self.model.forward(inputs.input_ids, inputs.positions, kv)  # [N, hidden]
         if self._prompt_logprobs:
             self._score_prompts(scheduled, inputs, hidden, outcome)
@@ -335,7 +334,7 @@ def _describe(
         page_bytes=store.group.page_bytes,
         host_pages=store.host_pages,
         num_parameters=model.spec.num_parameters,
-        weight_bytes=model.spec.num_parameters * model.dtype.itemsize,
+        weight_bytes=model.weight_bytes,
         activation_bytes=activations,
         num_threads=num_threads,
     )

@@ -21,6 +21,13 @@ class PagedSequences:
         self.arena = torch.full((num_pages * self.group.page_bytes,), 0xFF, dtype=torch.uint8)
         self.free = [i * self.group.page_units for i in range(num_pages)]
         random.Random(0).shuffle(self.free)
+        self.layers = {
+            spec.layer: (
+                KVLayout(offset, tokens_per_page, spec.num_kv_heads, spec.k_head_dim, spec.v_head_dim),
+                0,
+            )
+            for spec, offset in zip(self.group.layers, self.group.layer_offsets, strict=True)
+        }
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
@@ -41,15 +48,6 @@ class PagedSequences:
             [self.tables[name] for name in chunks],
             self.group.tokens_per_page,
         )
-        layers = {
-            spec.layer: (
-                KVLayout(
-                    offset, self.group.tokens_per_page, spec.num_kv_heads, spec.k_head_dim, spec.v_head_dim
-                ),
-                batch,
-            )
-            for spec, offset in zip(self.group.layers, self.group.layer_offsets, strict=True)
-        }
         input_ids = torch.tensor([i for ids in chunks.values() for i in ids])
-        hidden = self.model.forward(input_ids, torch.tensor(positions), KVContext(self.arena, layers))
+        hidden = self.model.forward(input_ids, torch.tensor(positions), KVContext(self.arena, self.layers, (batch,)))
         return list(self.model.logits(hidden).split(query_lens))

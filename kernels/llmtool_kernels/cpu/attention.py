@@ -1,0 +1,95 @@
+"""Paged attention on CPU; the reference beside it is `llmtool_kernels.attention.paged_attention`'s torch path."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from llmtool_kernels.cpu import abi
+from llmtool_kernels.cpu.native import ELEMENTS, Native
+
+if TYPE_CHECKING:
+    from llmtool_kernels.attention import AttentionBatch, KVLayout
+
+
+def batch_struct(batch: AttentionBatch, arena: Tensor) -> abi.Batch:
+    """Borrows the batch's and the arena's memory."""
+    return abi.Batch(
+        len(batch.query_lens),
+        batch.block_tables.stride(0),
+        batch.query_start.data_ptr(),
+        batch.seq_lens.data_ptr(),
+        batch.block_tables.data_ptr(),
+        batch.token_units.data_ptr(),
+        batch.token_slots.data_ptr(),
+        arena.data_ptr(),
+    )
+
+
+def attention_supports(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
+    """Whether `paged_attention` takes these: a type it knows, heads side by side, bfloat16 in pairs."""
+    tensors = (q, k) if v is None else (q, k, v)
+    dense = all(t.device.type == "cpu" and t.stride()[1:] == (t.shape[2], 1) for t in tensors)
+    return dense and q.dtype in ELEMENTS and q.shape[2] % 2 == 0
+
+
+def paged_attention(
+    native: Native,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    arena: Tensor,
+    layout: KVLayout,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    value_dim: int | None = None,
+) -> Tensor:
+    """`llmtool_kernels.attention.paged_attention`, with its arguments and its result."""
+    value_dim = value_dim or layout.v_head_dim
+    out = q.new_empty(q.shape[0], q.shape[1], value_dim)
+    element, rows = ELEMENTS[q.dtype], q.shape[0]
+    sinks = None if sinks is None else sinks.float()
+    ops = (abi.Op * 2)()
+    ops[0].kind, ops[0].rows = abi.WRITE_KV, rows
+    ops[0].write_kv = abi.WriteKv(
+        k.data_ptr(),
+        None if v is None else v.data_ptr(),
+        k.stride(0),
+        0 if v is None else v.stride(0),
+        element,
+        layout.num_kv_heads,
+        layout.k_head_dim,
+        layout.v_head_dim,
+        layout.tokens_per_page,
+        layout.layer_offset,
+        0,
+    )
+    ops[1].kind, ops[1].rows = abi.ATTENTION, rows
+    ops[1].attention = abi.Attention(
+        q.data_ptr(),
+        out.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
+        q.stride(0),
+        out.stride(0),
+        element,
+        q.shape[1],
+        layout.num_kv_heads,
+        layout.k_head_dim,
+        value_dim,
+        layout.tokens_per_page,
+        layout.layer_offset,
+        0,
+        window or 0,
+        v is None,
+        scale,
+        softcap or 0.0,
+    )
+    batches = batch_struct(batch, arena)
+    step = abi.Step(rows, 0, None, None, ctypes.addressof(batches), None)
+    native.run(ops, step)
+    return out

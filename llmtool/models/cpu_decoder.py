@@ -1,0 +1,229 @@
+"""A native family on the CPU kernels: a step is one list of operations, run by one team of threads.
+
+The list is built once per size of a step from the same ModelSpec and weights that NativeDecoder runs, and holds
+pointers into buffers that are used again in every step. What has no operation (latent attention, the choice of
+experts) runs in torch between two parts of the list, with the same functions as NativeDecoder's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from llmtool_kernels.attention import KVLayout
+from llmtool_kernels.cpu.linear import PackedLinear
+from llmtool_kernels.cpu.native import Native
+from llmtool_kernels.cpu.program import Program, StepState
+from torch import Tensor
+
+from llmtool.models.attention import attend_latent
+from llmtool.models.decoder import KVContext, LayerPlace, finish_logits
+from llmtool.models.mlp import mixture
+from llmtool.models.ops import Rotation
+from llmtool.models.rope import RotaryEmbedding
+from llmtool.models.weights import (
+    AttentionWeights,
+    DecoderWeights,
+    DenseWeights,
+    ExpertWeights,
+    LatentAttentionWeights,
+    LayerWeights,
+    Matrix,
+)
+from llmtool.modelspec import LayerSpec, ModelSpec, MoESpec
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What parts of a step read. state: for a Program; the rest: for torch."""
+
+    n: int
+    state: StepState
+    rotations: Sequence[Rotation]
+    kv: KVContext
+
+
+Part = Program | Callable[[Step], None]
+
+
+class CpuDecoder:
+    """A `Decoder` whose matrices are all packed (llmtool/models/bind.py). The residual stream is in float32."""
+
+    def __init__(
+        self, spec: ModelSpec, weights: DecoderWeights, native: Native, max_length: int | None = None
+    ) -> None:
+        """weights: of `dtype` float32 or bfloat16, bound. max_length: as NativeDecoder's."""
+        self.spec = spec
+        self.dtype = weights.embedding.dtype
+        self.device = torch.device("cpu")
+        tied = spec.tied_embeddings  # read from the packed head: it is in memory once
+        self.weight_bytes = weights.nbytes - (weights.embedding.nbytes if tied else 0)
+        self._native = native
+        self._layers = weights.layers
+        self._head = packed(weights.lm_head)
+        self._embedding = None if tied else weights.embedding
+        self._norm = weights.norm.float()
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self.dtype).item()
+        ropes = spec.ropes
+        self._ropes = [RotaryEmbedding(rope, self.device, max_length or spec.max_positions) for rope in ropes]
+        self._capacity = 0
+        self._places: Mapping[int, LayerPlace] | None = None
+        self._parts: list[Part] = []
+        self._out = torch.empty(0)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
+        n = len(input_ids)
+        self._prepare(n, kv.layers)
+        rotations = [rope(positions) for rope in self._ropes]
+        step = Step(n, StepState(input_ids, kv.arena, kv.batches, rotations), rotations, kv)
+        if self._embedding is not None:
+            rows = F.embedding(input_ids, self._embedding).float()
+            torch.mul(rows, self._embedding_scale, out=self._residual[:n])
+        for part in self._parts:
+            if isinstance(part, Program):
+                part.run(step.state)
+            else:
+                part(step)
+        return self._out[:n]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return finish_logits(self._head(hidden, torch.float32), self.spec)
+
+    # -- the list ------------------------------------------------------------------------------------------
+
+    def _prepare(self, n: int, places: Mapping[int, LayerPlace]) -> None:
+        """Have parts for n tokens and KV at these places."""
+        if n > self._capacity or places is not self._places:
+            self._capacity = max(n, self._capacity, 16)
+            if n > 16:
+                self._capacity = max(self._capacity, 1 << (n - 1).bit_length())
+            self._places = places
+            self._build(self._capacity, places)
+
+    def _build(self, rows: int, places: Mapping[int, LayerPlace]) -> None:
+        spec, eps = self.spec, self.spec.norms.eps
+        self._residual = torch.empty(rows, spec.hidden_size)
+        self._x = torch.empty(rows, spec.hidden_size, dtype=self.dtype)
+        self._out = torch.empty(rows, spec.hidden_size, dtype=self.dtype)
+        self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._parts = []
+        if self._embedding is None:
+            self._program().embed(self._head.weight, self._embedding_scale, self._residual)
+        for i, (layer, w) in enumerate(zip(spec.layers, self._layers, strict=True)):
+            self._program().rms_norm(self._residual, _float(w.attention_norm), eps, self._x)
+            self._attention(i, layer, w, places[i], rows)
+            self._program().rms_norm(self._residual, _float(w.mlp_norm), eps, self._x)
+            self._mlp(layer, w, rows)
+        self._program().rms_norm(self._residual, self._norm, eps, self._out)
+
+    def _program(self) -> Program:
+        """The program at the end of the list."""
+        if not self._parts or not isinstance(self._parts[-1], Program):
+            self._parts.append(Program(self._native))
+        last = self._parts[-1]
+        assert isinstance(last, Program)
+        return last
+
+    def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Scratch [rows, width], the same memory for all layers."""
+        memory = self._scratch.get((name, dtype))
+        if memory is None or memory.numel() < rows * width:
+            memory = self._scratch[name, dtype] = torch.empty(rows * width, dtype=dtype)
+        return memory[: rows * width].view(rows, width)
+
+    def _attention(self, i: int, layer: LayerSpec, w: LayerWeights, place: LayerPlace, rows: int) -> None:
+        if isinstance(w.attention, LatentAttentionWeights):
+            self._latent(i, layer, w, w.attention)
+            return
+        spec, (layout, batch) = self.spec.attention, place
+        qkv = self._buffer("qkv", rows, packed(w.attention.qkv).out_features, torch.float32)
+        q = self._buffer("q", rows, spec.num_heads * spec.head_dim, self.dtype)
+        out = self._buffer("attended", rows, spec.num_heads * layout.v_head_dim, self.dtype)
+        program = self._program()
+        program.linear(self._x, packed(w.attention.qkv), qkv)
+        self._qkv_post(program, qkv, q, layer, w.attention, layout, batch)
+        program.attention(
+            q, out, layout, batch, spec.scale, layer.window, spec.softcap, _float(w.attention.sinks)
+        )
+        self._block_end(program, out, packed(w.attention.o), w.attention_out_norm)
+
+    def _qkv_post(
+        self,
+        program: Program,
+        qkv: Tensor,
+        q: Tensor,
+        layer: LayerSpec,
+        w: AttentionWeights,
+        layout: KVLayout,
+        batch: int,
+    ) -> None:
+        program.qkv_post(
+            qkv,
+            q,
+            layout,
+            batch,
+            self.spec.norms.eps,
+            self.spec.attention.qk_norm,
+            _float(w.q_norm),
+            _float(w.k_norm),
+            None if layer.rope is None else self.spec.ropes.index(layer.rope),
+        )
+
+    def _mlp(self, layer: LayerSpec, w: LayerWeights, rows: int) -> None:
+        mlp = w.mlp
+        if isinstance(mlp, ExpertWeights):
+            assert isinstance(layer.mlp, MoESpec)
+            self._mixture(layer.mlp, mlp, w.mlp_out_norm)
+            return
+        assert isinstance(mlp, DenseWeights)
+        gate_up, down = packed(mlp.gate_up), packed(mlp.down)
+        inner = self._buffer("inner", rows, gate_up.out_features, self.dtype)
+        program = self._program()
+        program.linear(self._x, gate_up, inner)
+        self._block_end(program, inner, down, w.mlp_out_norm)
+
+    def _block_end(self, program: Program, x: Tensor, linear: PackedLinear, norm: Tensor | None) -> None:
+        """The residual stream grows by what a block returns: x through its last matrix, and a norm if it has one."""
+        scale = self.spec.residual_scale
+        if norm is None:
+            program.linear(x, linear, self._residual, scale)
+            return
+        out = self._buffer("block", len(x), linear.out_features, torch.float32)
+        program.linear(x, linear, out)
+        program.rms_norm(out, norm.float(), self.spec.norms.eps, self._residual, scale)
+
+    # -- parts in torch ------------------------------------------------------------------------------------
+
+    def _latent(self, i: int, layer: LayerSpec, w: LayerWeights, attention: LatentAttentionWeights) -> None:
+        spec = self.spec
+        latent = spec.attention.latent
+        assert latent is not None
+        rope = None if layer.rope is None else spec.ropes.index(layer.rope)
+
+        def run(step: Step) -> None:
+            rotation = None if rope is None else step.rotations[rope]
+            x = self._x[: step.n]
+            y = attend_latent(x, attention, spec.attention, latent, spec.norms, rotation, step.kv.layer(i))
+            self._add(y, w.attention_out_norm)
+
+        self._parts.append(run)
+
+    def _mixture(self, moe: MoESpec, w: ExpertWeights, norm: Tensor | None) -> None:
+        self._parts.append(lambda step: self._add(mixture(self._x[: step.n], w, moe), norm))
+
+    def _add(self, y: Tensor, norm: Tensor | None) -> None:
+        y = y.float()
+        if norm is not None:
+            y = F.rms_norm(y, (y.shape[1],), norm.float(), self.spec.norms.eps)
+        self._residual[: len(y)].add_(y, alpha=self.spec.residual_scale)
+
+
+def packed(matrix: Matrix) -> PackedLinear:
+    assert isinstance(matrix, PackedLinear)
+    return matrix
+
+
+def _float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float()
