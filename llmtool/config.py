@@ -64,7 +64,8 @@ class SchedulerConfig:
 class EngineConfig:
     """Everything `serve` and in-process `bench` need to start an engine.
 
-    model: HF directory, hub id, GGUF file or alias. dtype: auto | float32 | bfloat16 | float16.
+    model: HF directory, hub id, GGUF file or alias. dtype: auto | float32 | bfloat16 | float16. quantization:
+    int8 | int4 rounds the weights, and only them, to so many bits as they are loaded.
     max_model_len: None takes the model's own, shortened to what the KV memory holds. block_size: tokens per page.
     gpu_memory_utilization: part of the device's memory the engine may take (weights, activations, KV).
     kv_cache_memory_bytes: exact KV memory, instead. swap_space_bytes: host memory for swapped pages.
@@ -76,6 +77,7 @@ class EngineConfig:
     tokenizer: str | None = None
     revision: str | None = None
     dtype: str = "auto"
+    quantization: str | None = None
     device: str = "auto"
     load_format: str = "auto"  # auto | dummy (random weights, for benchmarks)
     max_model_len: int | None = None
@@ -96,6 +98,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise UsageError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}.")
+        if self.quantization not in (None, "int8", "int4"):
+            raise UsageError(f"quantization must be int8 or int4, not {self.quantization!r}.")
         if self.load_format not in ("auto", "dummy"):
             raise UsageError(f"load_format must be auto or dummy, not {self.load_format!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

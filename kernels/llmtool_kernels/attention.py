@@ -1,4 +1,4 @@
-"""Paged attention in torch: the reference of every faster kernel, and what runs on CPU.
+"""Paged attention, and in torch the reference of every faster kernel.
 
 The KV arena is one flat uint8 tensor. A block-table entry is an offset into it in units of `UNIT` bytes, so
 that pages of different sizes share it. Inside a page a layer starts at `KVLayout.layer_offset` bytes and
@@ -129,6 +129,31 @@ def paged_attention(
     nothing. v None: the values are the first value_dim dimensions of the cached keys. Returns [N, Hq, Dv].
     All new KV is written before any is read: a sequence may read pages that another fills in this step.
     """
+    if q.device.type == "cpu":
+        from llmtool_kernels.cpu.attention import kernels_for, paged_attention_cpu  # which import this module
+
+        native = kernels_for(q, k, v)
+        if native is not None:
+            return paged_attention_cpu(
+                native, q, k, v, arena, layout, batch, scale, window, softcap, sinks, value_dim
+            )
+    return paged_attention_reference(q, k, v, arena, layout, batch, scale, window, softcap, sinks, value_dim)
+
+
+def paged_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    arena: Tensor,
+    layout: KVLayout,
+    batch: AttentionBatch,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    value_dim: int | None = None,
+) -> Tensor:
+    """`paged_attention` by gathering pages into dense tensors; on any device."""
     write_kv(k, v, arena, layout, batch)
     value_dim = value_dim or layout.v_head_dim
     k_pages, v_pages = page_rows(arena, layout, k.dtype)

@@ -118,6 +118,7 @@ def bench(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts, arrivals and sampling.")] = None,
     dtype: engine.Dtype = None,
+    quantization: engine.Quantization = None,
     device: engine.Device = None,
     load_format: engine.LoadFormat = None,
     revision: engine.Revision = None,

@@ -60,6 +60,7 @@ def serve(
         typer.Option("--allow-lark", help="Take lark grammars from clients.", rich_help_panel=_panel),
     ] = None,
     dtype: engine.Dtype = None,
+    quantization: engine.Quantization = None,
     device: engine.Device = None,
     load_format: engine.LoadFormat = None,
     revision: engine.Revision = None,

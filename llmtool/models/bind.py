@@ -51,6 +51,10 @@ class QuantizedMatrix:
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.dequantize().to(x.dtype), self.bias)
 
+    def rows(self, ids: Tensor) -> Tensor:
+        q, scales = self.weight.q[ids], self.weight.scales[ids]
+        return QuantizedWeight(q, scales, self.weight.bits).dequantize()
+
 
 @dataclass(frozen=True, slots=True)
 class Binder:
@@ -60,7 +64,11 @@ class Binder:
     bits: int | None = None
 
     def __call__(
-        self, matrix: Matrix, bias: Tensor | None = None, gate: GateSpec | None = None, bits: int | None = None
+        self,
+        matrix: Matrix,
+        bias: Tensor | None = None,
+        gate: GateSpec | None = None,
+        bits: int | None = None,
     ) -> Matrix:
         """matrix [n, k], on its way out of memory. gate: its rows are gates, then ups, to be joined by it."""
         weight = as_tensor(matrix)
@@ -91,8 +99,8 @@ def group_size(k: int, most: int) -> int:
 def bind(spec: ModelSpec, weights: DecoderWeights, binder: Binder, progress: Progress | None = None) -> None:
     """Bind all matrices of `weights` in place, one after the other, so that memory grows by one at a time.
 
-    Routers stay: a rounded score may choose another expert. So does latent attention's kv_up, which is used by
-    parts, and a tied embedding that torch would have to keep beside a quantized head.
+    Routers stay: a rounded score may choose another expert. So do latent attention's kv_up, which is used by
+    parts, and an embedding that is not tied.
     """
     for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
         _attention(w.attention, binder)
@@ -104,8 +112,9 @@ def bind(spec: ModelSpec, weights: DecoderWeights, binder: Binder, progress: Pro
             _experts(w.mlp, binder, layer.mlp.gate)
         if progress is not None:
             progress(i + 1, len(weights.layers))
-    if binder.native is not None or not spec.tied_embeddings:
-        weights.lm_head = binder(weights.lm_head, bits=HEAD_BITS)
+    weights.lm_head = binder(weights.lm_head, bits=HEAD_BITS)
+    if spec.tied_embeddings:
+        weights.embedding = weights.lm_head
 
 
 def _attention(w: AttentionWeights | LatentAttentionWeights, binder: Binder) -> None:

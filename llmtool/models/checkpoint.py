@@ -15,8 +15,8 @@ from llmtool.models.weights import (
     DenseWeights,
     ExpertWeights,
     LatentAttentionWeights,
-    as_tensor,
     LayerWeights,
+    as_tensor,
 )
 from llmtool.modelspec import AttentionSpec, LatentSpec, ModelSpec
 
@@ -83,7 +83,7 @@ def slots(spec: ModelSpec, weights: DecoderWeights) -> dict[str, Slot]:
     """Hugging Face's tensor names -> what they fill. Every byte of the weights is in exactly one slot."""
     norm = _norm_convert(spec)
     table = {
-        "model.embed_tokens.weight": Slot(weights.embedding),
+        "model.embed_tokens.weight": Slot(as_tensor(weights.embedding)),
         "model.norm.weight": Slot(weights.norm, norm),
     }
     if not spec.tied_embeddings:
@@ -176,7 +176,9 @@ def _mlp(spec: ModelSpec, w: DenseWeights | ExpertWeights) -> dict[str, Slot]:
 
 
 def _dense(w: DenseWeights, prefix: str, names: ExpertNames, fused: bool = False) -> dict[str, Slot]:
-    table = _present({f"{prefix}.{names.down}.weight": as_tensor(w.down), f"{prefix}.{names.down}.bias": w.down_bias})
+    table = _present(
+        {f"{prefix}.{names.down}.weight": as_tensor(w.down), f"{prefix}.{names.down}.bias": w.down_bias}
+    )
     for kind, tensor in (("weight", as_tensor(w.gate_up)), ("bias", w.gate_up_bias)):
         if tensor is not None and fused:
             table[f"{prefix}.gate_up_proj.{kind}"] = Slot(tensor)

@@ -31,6 +31,7 @@ from llmtool.models.weights import (
     LatentAttentionWeights,
     LayerWeights,
     Matrix,
+    as_tensor,
 )
 from llmtool.modelspec import LayerSpec, ModelSpec, MoESpec
 
@@ -56,14 +57,14 @@ class CpuDecoder:
     ) -> None:
         """weights: of `dtype` float32 or bfloat16, bound. max_length: as NativeDecoder's."""
         self.spec = spec
-        self.dtype = weights.embedding.dtype
+        self.dtype = weights.dtype
         self.device = torch.device("cpu")
-        tied = spec.tied_embeddings  # read from the packed head: it is in memory once
-        self.weight_bytes = weights.nbytes - (weights.embedding.nbytes if tied else 0)
+        self.weight_bytes = weights.nbytes
         self._native = native
         self._layers = weights.layers
         self._head = packed(weights.lm_head)
-        self._embedding = None if tied else weights.embedding
+        tied = spec.tied_embeddings  # read from the packed head: it is in memory once
+        self._embedding = None if tied else as_tensor(weights.embedding)
         self._norm = weights.norm.float()
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self.dtype).item()
         ropes = spec.ropes
@@ -185,7 +186,7 @@ class CpuDecoder:
         self._block_end(program, inner, down, w.mlp_out_norm)
 
     def _block_end(self, program: Program, x: Tensor, linear: PackedLinear, norm: Tensor | None) -> None:
-        """The residual stream grows by what a block returns: x through its last matrix, and a norm if it has one."""
+        """The residual stream grows by what a block returns: x through its last matrix, and its norm if any."""
         scale = self.spec.residual_scale
         if norm is None:
             program.linear(x, linear, self._residual, scale)

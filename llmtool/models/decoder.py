@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from llmtool_kernels.attention import AttentionBatch, KVLayout
 from torch import Tensor
 
 from llmtool.models.attention import LayerKV, attend, attend_latent
 from llmtool.models.mlp import dense, mixture
-from llmtool.models.ops import Rotation, linear, rms_norm
+from llmtool.models.ops import Rotation, embed, linear, rms_norm
 from llmtool.models.rope import RotaryEmbedding
 from llmtool.models.weights import AttentionWeights, DecoderWeights, DenseWeights, LayerWeights
 from llmtool.modelspec import DenseSpec, LayerSpec, ModelSpec, MoESpec
-
 
 LayerPlace = tuple[KVLayout, int]
 
@@ -83,11 +81,11 @@ class NativeDecoder:
 
     @property
     def device(self) -> torch.device:
-        return self.weights.embedding.device
+        return self.weights.norm.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.weights.embedding.dtype
+        return self.weights.dtype
 
     @property
     def weight_bytes(self) -> int:
@@ -95,7 +93,7 @@ class NativeDecoder:
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
         rotations = [rope(positions) for rope in self._ropes]
-        hidden = F.embedding(input_ids, self.weights.embedding)  # [N, hidden]
+        hidden = embed(input_ids, self.weights.embedding, self.dtype)  # [N, hidden]
         if self._embedding_scale != 1.0:
             hidden = hidden * self._embedding_scale
         for i, (layer, w) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):

@@ -69,10 +69,12 @@ def assemble(
     spec: ModelSpec, weights: DecoderWeights, quantization: str | None = None, max_length: int | None = None
 ) -> Decoder:
     """The fastest decoder there is for loaded weights, which it takes over."""
-    dtype, device = weights.embedding.dtype, weights.embedding.device
+    dtype, device = weights.dtype, weights.norm.device
     native = kernels() if supports(dtype, device) else None
     bits = None if quantization is None else QUANTIZATIONS[quantization]
-    if native is not None and all(can_pack(matrix) for _, matrix in named_tensors(weights) if matrix.dim() > 1):
+    if native is not None and all(
+        can_pack(matrix) for _, matrix in named_tensors(weights) if matrix.dim() > 1
+    ):
         bind(spec, weights, Binder(native, bits))
         return CpuDecoder(spec, weights, native, max_length)
     if bits is not None:

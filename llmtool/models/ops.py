@@ -12,6 +12,11 @@ from llmtool.modelspec import GateSpec
 Rotation = tuple[Tensor, Tensor]  # cos, sin: each float32 [N, 1, rotated dims / 2]
 
 
+def embed(ids: Tensor, table: Matrix, dtype: torch.dtype) -> Tensor:
+    """Rows ids [N] of table [vocab, hidden]."""
+    return F.embedding(ids, table) if isinstance(table, Tensor) else table.rows(ids).to(dtype)
+
+
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [N, in] by weight [out, in] -> [N, out]. A bound weight has its bias with it."""
     return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Protocol
 
 import torch
@@ -20,6 +20,10 @@ class BoundMatrix(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [N, in] -> [N, out], or [N, out / 2] if it also joins gates and ups."""
+        ...
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [N, in]: rows ids [N] of the matrix."""
         ...
 
 
@@ -100,7 +104,8 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class DecoderWeights:
-    embedding: Tensor  # [vocab, hidden]
+    dtype: torch.dtype  # of activations, and of the matrices as they were loaded
+    embedding: Matrix  # [vocab, hidden]
     layers: list[LayerWeights]
     norm: Tensor  # [hidden]
     lm_head: Matrix  # [vocab, hidden]; the embedding itself when tied
@@ -126,7 +131,7 @@ def named_matrices(weights: object, prefix: str = "") -> Iterator[tuple[str, Mat
             name = f"{prefix}{field.name}" if i == "" else f"{prefix}{field.name}.{i}"
             if isinstance(item, Tensor) or (callable(item) and hasattr(item, "nbytes")):
                 yield name, item
-            elif item is not None:
+            elif is_dataclass(item):
                 yield from named_matrices(item, f"{name}.")
 
 
@@ -136,13 +141,13 @@ def allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Decod
     layers = [_layer(new, spec, layer) for layer in spec.layers]
     embedding = new(spec.vocab_size, spec.hidden_size)
     lm_head = embedding if spec.tied_embeddings else new(spec.vocab_size, spec.hidden_size)
-    return DecoderWeights(embedding, layers, new.norm(spec.hidden_size, spec), lm_head)
+    return DecoderWeights(dtype, embedding, layers, new.norm(spec.hidden_size, spec), lm_head)
 
 
 @torch.no_grad()
 def fill_random(weights: DecoderWeights, seed: int) -> None:
     """Random weights of a trained model's scale, the same for a seed on every run of one device."""
-    generator = torch.Generator(weights.embedding.device).manual_seed(seed)
+    generator = torch.Generator(weights.norm.device).manual_seed(seed)
     for name, tensor in named_tensors(weights):
         kind = name.rpartition(".")[2]
         if kind.endswith("norm"):

@@ -281,7 +281,16 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     progress("Finding the model", 0.0)
     directory = resolve(config.model, config.revision, _fraction(progress, "Converting the model"))
     loading = _fraction(progress, "Loading weights")
-    model = load(directory, dtype, device, loading, config.load_format, config.seed)
+    model = load(
+        directory,
+        dtype,
+        device,
+        loading,
+        config.load_format,
+        config.seed,
+        config.max_model_len,
+        config.quantization,
+    )
     spec = model.spec
     group = uniform_group(spec.layer_cache_specs(dtype.itemsize), config.block_size)
     limits = config.scheduler(1)

@@ -49,5 +49,7 @@ class PagedSequences:
             self.group.tokens_per_page,
         )
         input_ids = torch.tensor([i for ids in chunks.values() for i in ids])
-        hidden = self.model.forward(input_ids, torch.tensor(positions), KVContext(self.arena, self.layers, (batch,)))
+        hidden = self.model.forward(
+            input_ids, torch.tensor(positions), KVContext(self.arena, self.layers, (batch,))
+        )
         return list(self.model.logits(hidden).split(query_lens))

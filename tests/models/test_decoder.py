@@ -21,8 +21,17 @@ Tiny = Callable[[str], tuple[transformers.PreTrainedModel, Path]]
 PROMPT = torch.randint(0, 97, (37,), generator=torch.Generator().manual_seed(5)).tolist()
 
 
+@pytest.fixture(params=["auto", "off"], ids=["native", "torch"])
+def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """On the C++ kernels, and without them."""
+    monkeypatch.setenv("LLMTOOL_CPU_KERNELS", request.param)
+    return str(request.param)
+
+
 @pytest.fixture(params=sorted(FAMILIES))
-def pair(request: pytest.FixtureRequest, tiny: Tiny) -> tuple[torch.Tensor, PagedSequences]:
+def pair(
+    request: pytest.FixtureRequest, tiny: Tiny, cpu_kernels: str
+) -> tuple[torch.Tensor, PagedSequences]:
     """(transformers' logits of PROMPT [37, vocab], our model with empty pages)."""
     reference, directory = tiny(request.param)
     with torch.inference_mode():
@@ -62,7 +71,25 @@ def test_logits_in_chunks_among_other_sequences(pair: tuple[torch.Tensor, PagedS
         torch.testing.assert_close(torch.cat(got[name]), expected, atol=1e-4, rtol=0)
 
 
-def test_bfloat16_stays_near_float32(tiny: Tiny) -> None:
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3-moe", "deepseek-v3", "gpt-oss"])
+def test_quantized_kernels_equal_dequantized_matrices(
+    tiny: Tiny, family: str, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, directory = tiny(family)
+    logits = []
+    for mode in ("auto", "off"):
+        monkeypatch.setenv("LLMTOOL_CPU_KERNELS", mode)
+        model = load(directory, torch.float32, quantization=quantization)
+        logits.append(PagedSequences(model).step({"a": PROMPT})[0])
+    plain = PagedSequences(load(directory, torch.float32)).step({"a": PROMPT})[0]
+    assert not torch.allclose(logits[0], plain, atol=1e-3)
+    if quantization == "int8":
+        assert (logits[0] - plain).abs().mean() < 0.1 * plain.abs().mean()
+    torch.testing.assert_close(logits[0], logits[1], atol=2e-4, rtol=1e-4)
+
+
+def test_bfloat16_stays_near_float32(tiny: Tiny, cpu_kernels: str) -> None:
     reference, directory = tiny("qwen3")
     with torch.inference_mode():
         expected = copy.deepcopy(reference).bfloat16()(torch.tensor([PROMPT])).logits[0].float()

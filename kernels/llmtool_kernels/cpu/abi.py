@@ -56,9 +56,7 @@ class Gated(Structure):
 
 
 class WriteKv(Structure):
-    _fields_ = _fields(
-        "*k *v k_stride v_stride type kv_heads k_dim v_dim tokens_per_page layer_offset batch"
-    )
+    _fields_ = _fields("*k *v k_stride v_stride type kv_heads k_dim v_dim tokens_per_page layer_offset batch")
 
 
 class QkvPost(Structure):
@@ -115,4 +113,3 @@ def declare(library: ctypes.CDLL) -> None:
     library.llmtool_pack.restype = None
     library.llmtool_isa.argtypes = ()
     library.llmtool_isa.restype = ctypes.c_char_p
-

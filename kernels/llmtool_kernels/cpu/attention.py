@@ -1,4 +1,5 @@
-"""Paged attention on CPU; the reference beside it is `llmtool_kernels.attention.paged_attention`'s torch path."""
+"""Paged attention on CPU; the reference beside it is
+`llmtool_kernels.attention.paged_attention_reference`."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from llmtool_kernels.cpu import abi
-from llmtool_kernels.cpu.native import ELEMENTS, Native
+from llmtool_kernels.cpu.native import ELEMENTS, Native, kernels, supports
 
 if TYPE_CHECKING:
     from llmtool_kernels.attention import AttentionBatch, KVLayout
@@ -28,14 +29,14 @@ def batch_struct(batch: AttentionBatch, arena: Tensor) -> abi.Batch:
     )
 
 
-def attention_supports(q: Tensor, k: Tensor, v: Tensor | None) -> bool:
-    """Whether `paged_attention` takes these: a type it knows, heads side by side, bfloat16 in pairs."""
+def kernels_for(q: Tensor, k: Tensor, v: Tensor | None) -> Native | None:
+    """The kernels, if there are any and they take these: float32 or bfloat16, heads side by side, in pairs."""
     tensors = (q, k) if v is None else (q, k, v)
-    dense = all(t.device.type == "cpu" and t.stride()[1:] == (t.shape[2], 1) for t in tensors)
-    return dense and q.dtype in ELEMENTS and q.shape[2] % 2 == 0
+    dense = all(supports(t.dtype, t.device) and t.stride()[1:] == (t.shape[2], 1) for t in tensors)
+    return kernels() if dense and q.shape[2] % 2 == 0 else None
 
 
-def paged_attention(
+def paged_attention_cpu(
     native: Native,
     q: Tensor,
     k: Tensor,

@@ -59,6 +59,16 @@ class PackedLinear:
         self._launch(x, out, None)
         return out
 
+    def rows(self, ids: Tensor) -> Tensor:
+        """float32 [N, k]: rows ids [N], int64, of the weight."""
+        out = torch.empty(len(ids), self.weight.k)
+        op = (abi.Op * 1)()
+        op[0].kind, op[0].rows = abi.EMBED, len(ids)
+        op[0].embed = abi.Embed(self.weight.struct, 1.0, out.data_ptr(), out.stride(0))
+        ids = ids.contiguous()
+        self._native.run(op, abi.Step(len(ids), 0, ids.data_ptr()))
+        return out
+
     def add_to(self, x: Tensor, out: Tensor) -> None:
         """out, float32 [rows, n], grows by x w^T + bias. Not for a gated weight."""
         self._launch(x, out, 1.0)

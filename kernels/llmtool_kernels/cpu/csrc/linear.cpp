@@ -119,18 +119,28 @@ void quantized_task(const Linear &op, int64_t first, int64_t last, int64_t panel
     for (int64_t m = 0; m < last - first; m++) write(first + m, sums[m][0], sums[m][1]);
 }
 
-// Element (row, k) of a weight.
-float element(const Weight &w, int64_t row, int64_t k) {
+// Row `row` of a weight, times scale. Its values lie apart, one or two in every line of its panel.
+void unpack_row(const Weight &w, int64_t row, float scale, float *out) {
     const uint8_t *data = panel_data(w, row / PANEL);
-    int64_t column = row % PANEL;
-    if (w.format == PANEL_F32) return reinterpret_cast<const float *>(data)[k * PANEL + column];
-    int64_t place = 2 * column + k % 2, unit = k / 2;
-    if (w.format == PANEL_BF16)
-        return bf16_to_f32(reinterpret_cast<const uint16_t *>(data)[unit * PAIRS + place]);
-    float scale = bf16_to_f32(panel_scales(w, row / PANEL)[k / w.group * PANEL + column]);
-    if (w.format == PANEL_INT8) return scale * float(reinterpret_cast<const int8_t *>(data)[unit * PAIRS + place]);
-    uint16_t word = load<uint16_t>(data + unit / 4 * 2 * PAIRS + 2 * place);
-    return scale * float((word >> (4 * (unit % 4)) & 15) - 8);
+    const int64_t column = row % PANEL;
+    if (w.format == PANEL_F32) {
+        const float *values = reinterpret_cast<const float *>(data) + column;
+        for (int64_t k = 0; k < w.k; k++) out[k] = scale * values[k * PANEL];
+    } else if (w.format == PANEL_BF16) {
+        const uint16_t *pairs = reinterpret_cast<const uint16_t *>(data) + 2 * column;
+        for (int64_t k = 0; k < w.k; k++) out[k] = scale * bf16_to_f32(pairs[k / 2 * PAIRS + k % 2]);
+    } else {
+        const uint16_t *scales = panel_scales(w, row / PANEL) + column;
+        for (int64_t k = 0; k < w.k; k++) {
+            int64_t unit = k / 2, place = 2 * column + k % 2;
+            float q;
+            if (w.format == PANEL_INT8)
+                q = float(reinterpret_cast<const int8_t *>(data)[unit * PAIRS + place]);
+            else
+                q = float((load<uint16_t>(data + unit / 4 * 2 * PAIRS + 2 * place) >> (4 * (unit % 4)) & 15) - 8);
+            out[k] = scale * (bf16_to_f32(scales[k / w.group * PANEL]) * q);
+        }
+    }
 }
 
 template <class E>
@@ -175,8 +185,7 @@ void linear_task(const Linear &op, int64_t rows, int64_t task, int64_t next) {
 
 void embed_rows(const Embed &op, const int64_t *ids, int64_t first, int64_t last) {
     for (int64_t i = first; i < last; i++)
-        for (int64_t k = 0; k < op.table.k; k++)
-            op.out[i * op.out_stride + k] = float(op.scale) * element(op.table, ids[i], k);
+        unpack_row(op.table, ids[i], float(op.scale), op.out + i * op.out_stride);
 }
 
 void pack_panel(int64_t format, const void *src, int64_t n, int64_t k, bool gated, void *out, int64_t panel) {

@@ -1,0 +1,107 @@
+"""Building the kernels: once, atomically, and with a reason when it cannot be done."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from llmtool_kernels.cpu import build as building
+from llmtool_kernels.cpu import native
+from llmtool_kernels.cpu.build import BuildError, build, find_compiler
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTOOL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CXX", raising=False)
+
+
+@pytest.fixture
+def one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Sources of a library that is built in no time."""
+    monkeypatch.setattr(building, "SOURCES", tmp_path / "csrc")
+    (tmp_path / "csrc").mkdir()
+    source = tmp_path / "csrc" / "one.cpp"
+    source.write_text('extern "C" int answer() { return 42; }\n')
+    return source
+
+
+def compiles() -> bool:
+    try:
+        find_compiler()
+    except BuildError:
+        return False
+    return True
+
+
+needs_compiler = pytest.mark.skipif(not compiles(), reason="no C++ compiler is here")
+
+
+@needs_compiler
+def test_built_once_and_again_when_a_source_changes(one_file: Path) -> None:
+    first = build()
+    stamp = first.stat().st_mtime_ns
+    assert build() == first and first.stat().st_mtime_ns == stamp
+    assert build(portable=True) != first
+    one_file.write_text('extern "C" int answer() { return 43; }\n')
+    assert build() != first
+
+
+@needs_compiler
+def test_several_may_build_at_once(one_file: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        built = {path.resolve() for path in pool.map(lambda _: build(), range(4))}
+    assert len(built) == 1
+    assert [p.suffix for p in built.pop().parent.iterdir()] == [".so"]  # no scratch directory is left
+
+
+@needs_compiler
+def test_a_failure_says_the_compilers_first_error(one_file: Path) -> None:
+    one_file.write_text("int x = ;\n")
+    with pytest.raises(BuildError, match=r"failed: .*error: expected"):
+        build()
+
+
+def test_no_compiler_is_said_once_and_torch_serves(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    native.load.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert native.kernels() is None
+            assert native.kernels() is None
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert "no-such-compiler" in caplog.text and "PyTorch" in caplog.text
+    finally:
+        native.load.cache_clear()
+
+
+def test_a_cache_that_cannot_be_written(
+    one_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMTOOL_CACHE", str(tmp_path / "file"))
+    if compiles():
+        with pytest.raises(BuildError, match="cannot be written"):
+            build()
+
+
+def test_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.ENV, "off")
+    assert native.kernels() is None
+    monkeypatch.setenv(native.ENV, "fast")
+    with pytest.raises(ValueError, match="auto, portable, off"):
+        native.kernels()
+    assert native.supports(torch.bfloat16, torch.device("cpu"))
+    assert not native.supports(torch.float16, torch.device("cpu"))
+
+
+def test_the_processor_is_part_of_the_key(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("model name\t: A\ncpu MHz\t: 3000\nflags\t: sse avx2\n\nmodel name\t: B\n")
+    assert building.processor(cpuinfo) == "model name\t: A\nflags\t: sse avx2"
+    assert building.processor(tmp_path / "absent") == ""
