@@ -67,5 +67,8 @@ def _pairs(copies: Sequence[PageCopy]) -> list[tuple[int, int]]:
 def _arena(nbytes: int, device: torch.device) -> torch.Tensor:
     """uint8 [nbytes]. On a CPU from anonymous pages: zero, and real memory only once they are written."""
     if device.type == "cpu":
-        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        memory = mmap.mmap(-1, nbytes)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # a layer's KV of a page is short: most reads would miss the TLB
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)

@@ -62,6 +62,10 @@ LATENT = {
 # name -> (configuration class, settings)
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
+    "llama-tiles": (
+        "LlamaConfig",
+        {"head_dim": 32, "num_attention_heads": 4},
+    ),  # KV that kernels keep in tiles
     "smollm": ("LlamaConfig", {"tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "llama3-rope": ("LlamaConfig", {"rope_parameters": LLAMA3}),
     "linear-rope": (

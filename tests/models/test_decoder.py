@@ -29,15 +29,14 @@ def cpu_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(params=sorted(FAMILIES))
-def pair(
-    request: pytest.FixtureRequest, tiny: Tiny, cpu_kernels: str
-) -> tuple[torch.Tensor, PagedSequences]:
+def pair(request: pytest.FixtureRequest, tiny: Tiny, cpu_kernels: str) -> tuple[torch.Tensor, PagedSequences]:
     """(transformers' logits of PROMPT [37, vocab], our model with empty pages)."""
     reference, directory = tiny(request.param)
     with torch.inference_mode():
         expected = reference(torch.tensor([PROMPT])).logits[0]
     assert expected.std() > 0.1  # a comparison of near-constants would prove nothing
-    return expected, PagedSequences(load(directory, torch.float32, max_length=len(PROMPT)))
+    page = 16 if "tiles" in request.param else 4
+    return expected, PagedSequences(load(directory, torch.float32, max_length=len(PROMPT)), page)
 
 
 def test_logits_of_a_whole_prompt(pair: tuple[torch.Tensor, PagedSequences]) -> None:

@@ -10,6 +10,7 @@ PANEL_F32, PANEL_BF16, PANEL_INT8, PANEL_INT4 = range(4)  # Format
 ROWS_ALL, ROWS_SELECTED = -1, -2  # Rows
 STORE, ADD, GATED = range(3)  # Epilogue
 SILU, GELU_TANH, GELU, CLAMPED = range(4)  # GateKind
+ROWS, TILES = range(2)  # Arrangement
 QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ALL = range(3)  # QkNorm
 EMBED, SELECT, RMS_NORM, LINEAR, JOIN_GATE, WRITE_KV, QKV_POST, ATTENTION = range(8)  # Kind
 
@@ -62,14 +63,14 @@ class WriteKv(Structure):
 class QkvPost(Structure):
     _fields_ = _fields(
         "*x *q_out *q_norm *k_norm x_stride x_type q_stride type "
-        "heads kv_heads k_dim v_dim tokens_per_page layer_offset batch rope qk_norm eps."
+        "heads kv_heads k_dim v_dim tokens_per_page layer_offset batch rope qk_norm arrangement eps."
     )
 
 
 class Attention(Structure):
     _fields_ = _fields(
         "*q *out *sinks q_stride out_stride type "
-        "heads kv_heads k_dim v_dim tokens_per_page layer_offset batch window latent scale. softcap."
+        "heads kv_heads k_dim v_dim tokens_per_page layer_offset batch window latent arrangement scale. softcap."
     )
 
 

@@ -29,6 +29,12 @@ def batch_struct(batch: AttentionBatch, arena: Tensor) -> abi.Batch:
     )
 
 
+def arrangement(layout: KVLayout) -> int:
+    """TILES, where the pages of a layer that only operations read and write can hold it so (csrc/page.h)."""
+    tiles = layout.tokens_per_page % 16 == 0 and layout.v_head_dim % 32 == 0 and layout.v_head_dim > 0
+    return abi.TILES if tiles and layout.k_head_dim % 2 == 0 else abi.ROWS
+
+
 def kernels_for(q: Tensor, k: Tensor, v: Tensor | None) -> Native | None:
     """The kernels, if there are any and they take these: float32 or bfloat16, heads side by side, in pairs."""
     tensors = (q, k) if v is None else (q, k, v)
@@ -87,6 +93,7 @@ def paged_attention_cpu(
         0,
         window or 0,
         v is None,
+        abi.ROWS,
         scale,
         softcap or 0.0,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmtool_kernels.attention import AttentionBatch, KVLayout
 from llmtool_kernels.cpu import abi
-from llmtool_kernels.cpu.attention import batch_struct
+from llmtool_kernels.cpu.attention import arrangement, batch_struct
 from llmtool_kernels.cpu.linear import PackedLinear
 from llmtool_kernels.cpu.native import ELEMENTS, Native
 from llmtool_kernels.cpu.weights import PackedWeight
@@ -21,6 +21,7 @@ QK_NORMS = {None: abi.QK_NORM_NONE, "head": abi.QK_NORM_HEAD, "all": abi.QK_NORM
 class Program:
     """Operations on buffers [rows, width] that outlive them; each runs on the first `num_tokens` rows of a step.
 
+    Keys and values lie in pages as `arrangement` says: a layer's are all read and written by programs, or none.
     Widths and strides are read off the buffers, whose last dimension is dense. float32 buffers may stand wherever
     the model's own type does, but where a docstring says otherwise.
     """
@@ -103,6 +104,7 @@ class Program:
             batch,
             -1 if rope is None else rope,
             QK_NORMS[qk_norm],
+            arrangement(layout),
             eps,
         )
 
@@ -136,6 +138,7 @@ class Program:
             batch,
             window or 0,
             False,
+            arrangement(layout),
             scale,
             softcap or 0.0,
         )

@@ -93,7 +93,7 @@ struct QkvPost {
     const float *q_norm, *k_norm;
     int64_t x_stride, x_type, q_stride, type;
     int64_t heads, kv_heads, k_dim, v_dim, tokens_per_page, layer_offset, batch, rope;
-    int64_t qk_norm;
+    int64_t qk_norm, arrangement;  // page.h
     double eps;
 };
 
@@ -105,6 +105,7 @@ struct Attention {
     const float *sinks;  // one extra logit per query head, or null
     int64_t q_stride, out_stride, type;
     int64_t heads, kv_heads, k_dim, v_dim, tokens_per_page, layer_offset, batch, window, latent;
+    int64_t arrangement;  // page.h; a latent layer's is ROWS
     double scale, softcap;
 };
 

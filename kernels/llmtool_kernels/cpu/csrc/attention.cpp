@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <limits>
+#include <utility>
 
 #include "attention_plan.h"
 #include "page.h"
@@ -14,7 +15,7 @@ namespace {
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
-// Memory of a thread that only grows.
+// Memory of a thread that only grows, and is zero when it has grown.
 template <class T>
 class Scratch {
   public:
@@ -24,6 +25,7 @@ class Scratch {
             std::free(data_);
             capacity_ = (count + 31) / 32 * 32;
             data_ = static_cast<T *>(std::aligned_alloc(64, capacity_ * sizeof(T)));
+            std::fill_n(data_, capacity_, T(0));
         }
         return data_;
     }
@@ -78,6 +80,41 @@ struct Rows {
     int64_t base, num_panels = 0;  // the first one's token
 };
 
+// The same as tiles: a panel's keys are two tiles of 16 tokens, whose units are k_stride elements apart; unit u of its
+// values has dimensions [32 i, 32 i + 32) at v[u] + i * v_stride.
+template <class E>
+struct Tiles {
+    const typename E::T *k[PIECE / LANES], *v[PIECE / E::KU];
+    int64_t k_stride, v_stride, base, num_panels = 0;
+};
+
+// The memory of a piece in tiles, brought into the second-level cache two lines at a time while another is computed:
+// it lies in blocks of some kilobytes, too short for the hardware to see a stream.
+class Stream {
+  public:
+    void clear() { count_ = 0; }
+    void add(const void *block, int64_t bytes) {
+        if (count_ == MAX_BLOCKS) return;
+        blocks_[count_] = static_cast<const char *>(block);
+        bytes_[count_++] = bytes;
+        if (count_ == 1) block_ = at_ = 0;
+    }
+    void operator()(int64_t) {
+        if (block_ >= count_) return;
+        const char *p = blocks_[block_] + at_;
+        __builtin_prefetch(p, 0, 2);
+        __builtin_prefetch(p + 64, 0, 2);
+        asm volatile("");
+        at_ += 128;
+        if (at_ >= bytes_[block_]) block_++, at_ = 0;
+    }
+
+  private:
+    static constexpr int64_t MAX_BLOCKS = 2 * PIECE / LANES;
+    const char *blocks_[MAX_BLOCKS];
+    int64_t bytes_[MAX_BLOCKS], count_ = 0, block_ = 0, at_ = 0;
+};
+
 // One task: the queries of a block, for one KV head, over pieces of the keys.
 template <class E>
 class Task {
@@ -102,9 +139,14 @@ class Task {
         }
     }
 
-    // upcoming: rows to fetch meanwhile, of the piece this thread is likely to run next; or null.
-    void run_piece(int64_t piece, const T *zero, Workspace<T> &workspace, State &state, const Rows<T> *upcoming) {
-        pack(piece, zero, workspace);
+    // Fetched meanwhile, of the piece this thread is likely to run next: rows, or a stream; or null.
+    void run_piece(int64_t piece, const T *zero, Workspace<T> &workspace, State &state, const Rows<T> *upcoming,
+                   Stream *stream) {
+        stream_ = stream;
+        if (op_.arrangement == TILES)
+            find_tiles(piece, zero, workspace);
+        else
+            pack(piece, zero, workspace);
         upcoming_ = upcoming;
         for (int64_t row = 0; row < rows_; row += MAX_TILE_ROWS) {
             with_rows(std::min<int64_t>(MAX_TILE_ROWS, rows_ - row),
@@ -115,11 +157,9 @@ class Task {
 
     // The rows of a piece; `zero` stands for tokens around those that a query of the block sees.
     void locate(int64_t piece, const T *zero, Rows<T> &rows) const {
-        int64_t begin = piece * PIECE, oldest = first_visible(first_position_);
-        int64_t newest = first_position_ + item_.num_queries - 1;
-        int64_t first = std::max(begin, oldest), last = std::min(begin + PIECE, newest + 1);
+        auto [first, last] = seen(piece);
         // The base is aligned, so that a token's lane and unit do not depend on the other queries of the block.
-        rows.base = begin + (first - begin) / PANEL * PANEL;
+        rows.base = first / PANEL * PANEL;
         rows.num_panels = (last - rows.base + PANEL - 1) / PANEL;
         std::fill_n(rows.k, rows.num_panels * PANEL, zero);
         std::fill_n(rows.v, rows.num_panels * PANEL, zero);
@@ -133,6 +173,20 @@ class Task {
                 rows.v[token - rows.base] = v;
             }
         }
+    }
+
+    // A piece in tiles, to be fetched.
+    void add_to(Stream &stream, int64_t piece) const {
+        auto [first, last] = seen(piece);
+        const int32_t *table = batch_.block_tables + item_.sequence * batch_.table_width;
+        for (bool keys : {true, false})
+            for (int64_t token = first / LANES * LANES; token < last; token += LANES) {
+                int64_t unit = table[token / op_.tokens_per_page], slot = token % op_.tokens_per_page;
+                if (keys)
+                    stream.add(layout_.key_tile(batch_.arena, unit, slot, kv_head_), LANES * op_.k_dim * sizeof(T));
+                else
+                    stream.add(layout_.value_tile(batch_.arena, unit, slot, kv_head_), LANES * op_.v_dim * sizeof(T));
+            }
     }
 
     void write(const State &state) const {
@@ -162,21 +216,65 @@ class Task {
     }
     int64_t position(int64_t row) const { return first_position_ + row / group_; }
 
+    // The tokens [first, last) of a piece that a query of the block sees.
+    std::pair<int64_t, int64_t> seen(int64_t piece) const {
+        int64_t begin = piece * PIECE, newest = first_position_ + item_.num_queries - 1;
+        return {std::max(begin, first_visible(first_position_)), std::min(begin + PIECE, newest + 1)};
+    }
+
+    // Pages in tiles are read as they are; `zero` stands for tiles without a token that is seen.
+    void find_tiles(int64_t piece, const T *zero, Workspace<T> &workspace) {
+        auto [first, last] = seen(piece);
+        tiles_.base = first / PANEL * PANEL;
+        tiles_.num_panels = (last - tiles_.base + PANEL - 1) / PANEL;
+        tiles_.k_stride = LANES * E::KU;
+        tiles_.v_stride = PANEL * E::KU;
+        const int64_t tokens = tiles_.num_panels * PANEL;
+        std::fill_n(tiles_.k, tokens / LANES, zero);
+        std::fill_n(tiles_.v, tokens / E::KU, zero);
+        const int32_t *table = batch_.block_tables + item_.sequence * batch_.table_width;
+        for (int64_t token = first / LANES * LANES; token < last; token += LANES) {
+            int64_t unit = table[token / op_.tokens_per_page], slot = token % op_.tokens_per_page;
+            tiles_.k[(token - tiles_.base) / LANES] = layout_.key_tile(batch_.arena, unit, slot, kv_head_);
+            const T *values = layout_.value_tile(batch_.arena, unit, slot, kv_head_);
+            int64_t from = std::max<int64_t>(0, first - token) / E::KU * E::KU;
+            int64_t to = std::min<int64_t>(LANES, last - token);
+            for (int64_t i = from; i < to; i += E::KU) {
+                const T *v = values + i * op_.v_dim;
+                // Slots past the end may hold NaN, which a weight of zero does not hide.
+                tiles_.v[(token + i - tiles_.base) / E::KU] = i + E::KU <= to ? v : first_of_pair(v, workspace);
+            }
+        }
+    }
+
+    // A unit of values whose second token is not there.
+    const T *first_of_pair(const T *v, Workspace<T> &workspace) const {
+        T *copy = workspace.values.get(op_.v_dim * E::KU);
+        for (int64_t i = 0; i < op_.v_dim * E::KU; i += E::KU) {
+            copy[i] = v[i];
+            copy[i + E::KU - 1] = E::KU == 1 ? v[i] : T(0);
+        }
+        return copy;
+    }
+
     // Keys and values of a piece into panels.
     void pack(int64_t piece, const T *zero, Workspace<T> &workspace) {
         const int64_t v_panels = (op_.v_dim + PANEL - 1) / PANEL;
-        keys_ = workspace.keys.get(PIECE * op_.k_dim);
-        values_ = workspace.values.get(PIECE * v_panels * PANEL);
+        T *keys = workspace.keys.get(PIECE * op_.k_dim), *values = workspace.values.get(PIECE * v_panels * PANEL);
         Rows<T> rows;
         locate(piece, zero, rows);
-        base_ = rows.base;
-        num_panels_ = rows.num_panels;
-        const int64_t v_size = num_panels_ * PANEL * PANEL;
-        for (int64_t p = 0; p < num_panels_; p++) {
-            pack_keys<E>(rows.k + p * PANEL, op_.k_dim, keys_ + p * PANEL * op_.k_dim);
+        tiles_.base = rows.base;
+        tiles_.num_panels = rows.num_panels;
+        tiles_.k_stride = PANEL * E::KU;
+        const int64_t v_size = tiles_.v_stride = rows.num_panels * PANEL * PANEL;
+        for (int64_t u = 0; u < rows.num_panels * PANEL / E::KU; u++) tiles_.v[u] = values + u * PANEL * E::KU;
+        for (int64_t p = 0; p < rows.num_panels; p++) {
+            tiles_.k[2 * p] = keys + p * PANEL * op_.k_dim;
+            tiles_.k[2 * p + 1] = tiles_.k[2 * p] + LANES * E::KU;
+            pack_keys<E>(rows.k + p * PANEL, op_.k_dim, keys + p * PANEL * op_.k_dim);
             for (int64_t panel = 0; panel < v_panels; panel++) {
                 int64_t dim = panel * PANEL, count = std::min<int64_t>(PANEL, op_.v_dim - dim);
-                T *out = values_ + panel * v_size + p * PANEL * PANEL;
+                T *out = values + panel * v_size + p * PANEL * PANEL;
                 for (int i = 0; i < PANEL; i += E::KU)
                     pack_values(rows.v + p * PANEL + i, dim, count, out + i * PANEL);
             }
@@ -190,9 +288,9 @@ class Task {
         alignas(64) T weights[ROWS][PIECE];
         alignas(64) float maximum[LANES], sum[LANES];
         int64_t oldest = first_visible(position(first)), newest = position(first + ROWS - 1);
-        if (newest < base_) return;
-        int64_t from = std::max<int64_t>(0, oldest - base_) / PANEL;
-        int64_t to = std::min(num_panels_, (newest - base_) / PANEL + 1);
+        if (newest < tiles_.base) return;
+        int64_t from = std::max<int64_t>(0, oldest - tiles_.base) / PANEL;
+        int64_t to = std::min(tiles_.num_panels, (newest - tiles_.base) / PANEL + 1);
         if (from >= to) return;
         score<ROWS>(first, from, to, scores, maximum);
         for (int m = 0; m < ROWS; m++) {
@@ -208,13 +306,17 @@ class Task {
         Rescale factors(state, first, maximum, sum, ROWS);
         for (int64_t panel = 0; panel * PANEL < op_.v_dim; panel++) {
             Accumulators<ROWS> acc = {};
-            const T *values = values_ + panel * num_panels_ * PANEL * PANEL + from * PANEL * PANEL;
+            const T *const *values = tiles_.v + from * PANEL / E::KU;
+            const int64_t offset = panel * tiles_.v_stride;
             const T *w = &weights[0][from * PANEL];
             const int64_t units = (to - from) * PANEL / E::KU;
             if (upcoming_ != nullptr && to <= upcoming_->num_panels)
-                tile<E, ROWS>(w, PIECE, values, units, acc, FetchValues(upcoming_->v + from * PANEL, panel * PANEL));
+                tile<E, ROWS>(w, PIECE, values, offset, units, acc,
+                              FetchValues(upcoming_->v + from * PANEL, panel * PANEL));
+            else if (stream_ != nullptr && first == 0)
+                tile<E, ROWS>(w, PIECE, values, offset, units, acc, *stream_);
             else
-                tile<E, ROWS>(w, PIECE, values, units, acc, NoFetch());
+                tile<E, ROWS>(w, PIECE, values, offset, units, acc, NoFetch());
             for (int m = 0; m < ROWS; m++) {
                 float *v = state.values + (first + m) * state.width + panel * PANEL;
                 for (int half = 0; half < 2; half++, v += LANES)
@@ -229,13 +331,17 @@ class Task {
         for (int m = 0; m < ROWS; m++) top[m] = splat(NEVER);
         for (int64_t p = from; p < to; p++) {
             Accumulators<ROWS> acc = {};
-            const T *keys = keys_ + p * PANEL * op_.k_dim;
+            const T *left = tiles_.k[2 * p], *right = tiles_.k[2 * p + 1];
             const T *q = queries_ + first * op_.k_dim;
+            const int64_t units = op_.k_dim / E::KU;
             if (upcoming_ != nullptr && p < upcoming_->num_panels)
-                tile<E, ROWS>(q, op_.k_dim, keys, op_.k_dim / E::KU, acc, FetchKeys(upcoming_->k + p * PANEL, op_.k_dim));
+                tile<E, ROWS>(q, op_.k_dim, left, right, tiles_.k_stride, units, acc,
+                              FetchKeys(upcoming_->k + p * PANEL, op_.k_dim));
+            else if (stream_ != nullptr && first == 0)
+                tile<E, ROWS>(q, op_.k_dim, left, right, tiles_.k_stride, units, acc, *stream_);
             else
-                tile<E, ROWS>(q, op_.k_dim, keys, op_.k_dim / E::KU, acc, NoFetch());
-            int64_t token = base_ + p * PANEL;
+                tile<E, ROWS>(q, op_.k_dim, left, right, tiles_.k_stride, units, acc, NoFetch());
+            int64_t token = tiles_.base + p * PANEL;
             for (int m = 0; m < ROWS; m++) {
                 int64_t newest = position(first + m), oldest = first_visible(newest);
                 bool whole = oldest <= token && token + PANEL <= newest + 1;
@@ -291,9 +397,11 @@ class Task {
     const AttentionItem &item_;
     const int64_t kv_head_, group_, rows_, first_token_;
     const PageLayout<T> layout_;
-    int64_t first_position_ = 0, base_ = 0, num_panels_ = 0;
-    T *queries_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
+    int64_t first_position_ = 0;
+    T *queries_ = nullptr;
+    Tiles<E> tiles_;
     const Rows<T> *upcoming_ = nullptr;
+    Stream *stream_ = nullptr;
 };
 
 // The parts of a split item, merged in order into the first.
@@ -321,9 +429,8 @@ template <class E>
 void run(const Attention &op, const Step &step, AttentionPlan &plan, int64_t task, int64_t next) {
     using T = typename E::T;
     static thread_local Workspace<T> workspace;
-    const int64_t widest = std::max(op.k_dim, op.v_dim);
-    T *zero = workspace.zeros.get(widest);
-    std::fill_n(zero, widest, T(0));
+    const int64_t widest = std::max(op.k_dim * LANES, op.v_dim * E::KU);  // a tile of keys, a unit of values
+    const T *zero = workspace.zeros.get(widest);
     const AttentionItem &item = plan.items[task / op.kv_heads];
     const int64_t head = task % op.kv_heads;
     Task<E> block(op, step, item, head);
@@ -334,14 +441,21 @@ void run(const Attention &op, const Step &step, AttentionPlan &plan, int64_t tas
     state.clear(rows);
     block.gather_queries(workspace.queries.get(rows * op.k_dim));
     for (int64_t piece = item.first; piece < item.last; piece++) {
-        Rows<T> upcoming;
-        if (piece + 1 < item.last) {
-            block.locate(piece + 1, zero, upcoming);
-        } else if (next >= 0) {
-            const AttentionItem &other = plan.items[next / op.kv_heads];
-            Task<E>(op, step, other, next % op.kv_heads).locate(other.first, zero, upcoming);
+        bool more = piece + 1 < item.last;
+        const AttentionItem &then = more || next < 0 ? item : plan.items[next / op.kv_heads];
+        Task<E> upcoming(op, step, then, more ? head : next % op.kv_heads);
+        int64_t its_piece = more ? piece + 1 : then.first;
+        if (!more && next < 0) {
+            block.run_piece(piece, zero, workspace, state, nullptr, nullptr);
+        } else if (op.arrangement == TILES) {
+            Stream stream;
+            upcoming.add_to(stream, its_piece);
+            block.run_piece(piece, zero, workspace, state, nullptr, &stream);
+        } else {
+            Rows<T> rows;
+            upcoming.locate(its_piece, zero, rows);
+            block.run_piece(piece, zero, workspace, state, &rows, nullptr);
         }
-        block.run_piece(piece, zero, workspace, state, upcoming.num_panels ? &upcoming : nullptr);
     }
     if (item.parts == 1) return block.write(state);
     // Whoever finishes last merges and writes; acquire and release make the others' parts visible to it.

@@ -104,24 +104,55 @@ LLMTOOL_INLINE void copy_head(T *out, const float *head, int64_t dim) {
     for_lanes(dim, [&](int64_t i, int64_t count) { store_lanes(out + i, load_lanes(head + i, count), count); });
 }
 
+// A token's key and value of one head into the tiles of its page.
+template <class T>
+LLMTOOL_INLINE void put_key(T *tile, int64_t lane, const float *key, int64_t dim) {
+    constexpr int64_t KU = 4 / sizeof(T);
+    alignas(64) T narrow[MAX_HEAD];
+    copy_head(narrow, key, dim);
+    for (int64_t i = 0; i < dim / KU; i++) std::memcpy(tile + (i * LANES + lane) * KU, narrow + i * KU, 4);
+}
+
+template <class X, class T>
+LLMTOOL_INLINE void put_value(T *tile, int64_t place, const X *value, int64_t dim) {
+    constexpr int64_t KU = 4 / sizeof(T);
+    alignas(64) T narrow[LANES];
+    for (int64_t i = 0; i < dim; i += LANES) {
+        store_f32(narrow, load_f32(value + i));
+        for (int64_t j = 0; j < LANES; j++) tile[(i + j) * KU + place] = narrow[j];
+    }
+}
+
 template <class X, class T>
 void qkv_post(const QkvPost &op, const Step &step, int64_t first, int64_t last) {
+    constexpr int64_t KU = 4 / sizeof(T);
     const Batch &batch = step.batches[op.batch];
     const Rope rope = op.rope < 0 ? Rope{nullptr, nullptr, 0} : step.ropes[op.rope];
     const PageLayout<T> layout{op.layer_offset, op.tokens_per_page, op.kv_heads, op.k_dim, op.v_dim};
+    const bool tiles = op.arrangement == TILES;
     for (int64_t token = first; token < last; token++) {
         const X *q = static_cast<const X *>(op.x) + token * op.x_stride;
         const X *k = q + op.heads * op.k_dim, *v = k + op.kv_heads * op.k_dim;
         T *q_out = static_cast<T *>(op.q_out) + token * op.q_stride;
-        int64_t unit = batch.token_units[token], slot = batch.token_slots[token];
-        T *k_page = layout.keys(batch.arena, unit, slot, 0), *v_page = layout.values(batch.arena, unit, slot, 0);
+        const int64_t unit = batch.token_units[token], slot = batch.token_slots[token];
         finish_heads(op, rope, token, q, op.heads, op.q_norm,
                      [&](int64_t h, const float *head) { copy_head(q_out + h * op.k_dim, head, op.k_dim); });
-        finish_heads(op, rope, token, k, op.kv_heads, op.k_norm,
-                     [&](int64_t h, const float *head) { copy_head(k_page + h * op.k_dim, head, op.k_dim); });
-        for_lanes(op.kv_heads * op.v_dim, [&](int64_t i, int64_t count) {
-            store_lanes(v_page + i, load_lanes(v + i, count), count);
+        finish_heads(op, rope, token, k, op.kv_heads, op.k_norm, [&](int64_t h, const float *head) {
+            if (tiles)
+                put_key(layout.key_tile(batch.arena, unit, slot, h), slot % LANES, head, op.k_dim);
+            else
+                copy_head(layout.keys(batch.arena, unit, slot, h), head, op.k_dim);
         });
+        for (int64_t h = 0; h < op.kv_heads; h++, v += op.v_dim) {
+            if (tiles) {
+                put_value(layout.value_tile(batch.arena, unit, slot, h), slot % KU, v, op.v_dim);
+                continue;
+            }
+            T *page = layout.values(batch.arena, unit, slot, h);
+            for_lanes(op.v_dim, [&](int64_t i, int64_t count) {
+                store_lanes(page + i, load_lanes(v + i, count), count);
+            });
+        }
     }
 }
 

@@ -59,14 +59,39 @@ struct NoFetch {
     void operator()(int64_t) const {}
 };
 
-// acc[m] += sum over `units` of a[m, k] * panel[k, 0:32]. a: rows of E with stride lda. fetch(unit) is called for
-// every unit, to bring two lines of what comes next into the cache: as many as a unit has.
+// acc[m] += sum over `units` of a[m, k] * panel[k, 0:32]. a: rows of E with stride lda. The panel's two lines of a unit
+// are at left and right, those of the next unit `stride` elements on. fetch(unit) is called for every unit, to bring
+// two lines of what comes next into the cache: as many as a unit has.
+template <class E, int ROWS, class Fetch>
+LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *left, const typename E::T *right,
+                         int64_t stride, int64_t units, Accumulators<ROWS> &acc, Fetch &&fetch) {
+    for (int64_t u = 0; u < units; u++) {
+        typename E::Line w0 = E::line(left + u * stride), w1 = E::line(right + u * stride);
+        fetch(u);
+#pragma GCC unroll 16
+        for (int m = 0; m < ROWS; m++) {
+            typename E::Scalar x = E::scalar(a + m * lda + u * E::KU);
+            acc[m][0] = E::mac(acc[m][0], x, w0);
+            acc[m][1] = E::mac(acc[m][1], x, w1);
+        }
+    }
+}
+
+// The same for a panel whose units lie one after the other.
 template <class E, int ROWS, class Fetch>
 LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *panel, int64_t units,
                          Accumulators<ROWS> &acc, Fetch &&fetch) {
     constexpr int LINE = LANES * E::KU;
+    tile<E, ROWS>(a, lda, panel, panel + LINE, 2 * LINE, units, acc, fetch);
+}
+
+// The same for units that lie anywhere, each `offset` elements from its pointer.
+template <class E, int ROWS, class Fetch>
+LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *const *panel, int64_t offset,
+                         int64_t units, Accumulators<ROWS> &acc, Fetch &&fetch) {
+    constexpr int LINE = LANES * E::KU;
     for (int64_t u = 0; u < units; u++) {
-        typename E::Line w0 = E::line(panel + u * 2 * LINE), w1 = E::line(panel + u * 2 * LINE + LINE);
+        typename E::Line w0 = E::line(panel[u] + offset), w1 = E::line(panel[u] + offset + LINE);
         fetch(u);
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; m++) {

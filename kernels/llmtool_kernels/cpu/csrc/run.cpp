@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "page.h"
 #include "panel.h"
 #include "team.h"
 
@@ -25,12 +26,20 @@ int64_t rows_of(const Op &op, const Step &step) {
     return op.rows == ROWS_SELECTED ? step.num_selected : op.rows;
 }
 
+// Whether pages can hold a layer as they are said to.
+template <class T>
+bool arranged(const T &op) {
+    return op.arrangement == ROWS ||
+           (op.tokens_per_page % 16 == 0 && op.v_dim % PANEL == 0 && op.k_dim % 2 == 0);
+}
+
 bool valid(const Op &op) {
     switch (op.kind) {
         case LINEAR: return linear_valid(op.linear);
-        case QKV_POST: return op.qkv_post.k_dim <= MAX_HEAD;
+        case QKV_POST: return op.qkv_post.k_dim <= MAX_HEAD && arranged(op.qkv_post);
+        case ATTENTION: return arranged(op.attention) && !(op.attention.latent && op.attention.arrangement == TILES);
         case RMS_NORM: return !op.rms_norm.add || op.rms_norm.out_type == F32;
-        case EMBED: case SELECT: case JOIN_GATE: case WRITE_KV: case ATTENTION: return true;
+        case EMBED: case SELECT: case JOIN_GATE: case WRITE_KV: return true;
         default: return false;
     }
 }
