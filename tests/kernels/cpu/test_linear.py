@@ -54,10 +54,12 @@ def test_products(native: Native, form: str, rows: int, n: int, k: int) -> None:
     weight, x, bias = make(native, form, n, k), inputs(rows, k, form), torch.randn(n)
     linear = PackedLinear(weight, native, bias)
     expected = linear_reference(x, weight, bias)
-    torch.testing.assert_close(linear(x, torch.float32), expected, atol=2e-5, rtol=1e-5)
+    # Beside integers, bfloat16 inputs may be rounded to 16 bits (csrc/integer.h).
+    close = {"atol": 2e-5 if "float" in form else 3e-4, "rtol": 1e-5}
+    torch.testing.assert_close(linear(x, torch.float32), expected, **close)
     grown = torch.ones(rows, n)
     linear.add_to(x, grown)
-    torch.testing.assert_close(grown, expected + 1, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(grown, expected + 1, **close)
     if form != "float32":
         assert torch.equal(linear(x), linear(x, torch.float32).bfloat16())
 
@@ -76,7 +78,8 @@ def test_gated_products(native: Native, form: str, gate: Gate) -> None:
     for rows in (1, 14):
         x = inputs(rows, 48, form)
         got = PackedLinear(weight, native, bias, gate)(x, torch.float32)
-        torch.testing.assert_close(got, linear_reference(x, weight, bias, gate), atol=1e-5, rtol=1e-4)
+        expected = linear_reference(x, weight, bias, gate)
+        torch.testing.assert_close(got, expected, atol=1e-5 if "float" in form else 5e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])

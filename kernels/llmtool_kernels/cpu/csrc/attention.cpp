@@ -305,7 +305,7 @@ class Task {
         }
         Rescale factors(state, first, maximum, sum, ROWS);
         for (int64_t panel = 0; panel * PANEL < op_.v_dim; panel++) {
-            Accumulators<ROWS> acc = {};
+            Accumulators<E, ROWS> acc = {};
             const T *const *values = tiles_.v + from * PANEL / E::KU;
             const int64_t offset = panel * tiles_.v_stride;
             const T *w = &weights[0][from * PANEL];
@@ -330,7 +330,7 @@ class Task {
         f32x16 top[ROWS];
         for (int m = 0; m < ROWS; m++) top[m] = splat(NEVER);
         for (int64_t p = from; p < to; p++) {
-            Accumulators<ROWS> acc = {};
+            Accumulators<E, ROWS> acc = {};
             const T *left = tiles_.k[2 * p], *right = tiles_.k[2 * p + 1];
             const T *q = queries_ + first * op_.k_dim;
             const int64_t units = op_.k_dim / E::KU;

@@ -1,9 +1,11 @@
 #include "linear.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "expand.h"
 #include "gate.h"
+#include "integer.h"
 
 namespace llmtool {
 namespace {
@@ -76,7 +78,7 @@ void dense_task(const Linear &op, int64_t first, int64_t last, int64_t panel, in
     Writer write{op, panel};
     for_blocks(first, last, [&](auto rows, int64_t row, bool is_last) {
         constexpr int ROWS = decltype(rows)::value;
-        Accumulators<ROWS> acc = {};
+        Accumulators<E, ROWS> acc = {};
         const T *a = x + row * op.x_stride;
         // With few rows memory is the limit, and the hardware's own prefetching reaches it.
         if (ROWS >= 3 && is_last && next != nullptr)
@@ -90,34 +92,116 @@ void dense_task(const Linear &op, int64_t first, int64_t last, int64_t panel, in
     });
 }
 
-template <class E>
-void quantized_task(const Linear &op, int64_t first, int64_t last, int64_t panel) {
-    using T = typename E::T;
+// Integer weights, expanded to panels of E a group at a time. x: the task's rows, as E. finish(row, group, sum, scale):
+// what a group's sum of products adds to a row of the task.
+template <class E, class F>
+void grouped_task(const Linear &op, int64_t first, int64_t last, int64_t panel, const typename E::T *x, int64_t lda,
+                  F &&finish) {
     const Weight &w = op.weight;
-    const T *x = static_cast<const T *>(op.x);
-    const uint8_t *q = panel_data(w, panel);
+    const uint8_t *packed = panel_data(w, panel);
     const uint16_t *scales = panel_scales(w, panel);
-    alignas(64) T group[MAX_GROUP * PANEL];
+    alignas(64) typename E::T group[MAX_GROUP * PANEL];
     alignas(64) f32x16 sums[TASK_ROWS][2];
     for (int64_t m = 0; m < last - first; m++) sums[m][0] = sums[m][1] = f32x16{};
-    for (int64_t k = 0; k < w.k; k += w.group, scales += PANEL) {
-        const uint8_t *packed = q + packed_bytes(w.format, k);
+    for (int64_t g = 0; g < w.k / w.group; g++, scales += PANEL, packed += packed_bytes(w.format, w.group)) {
         for (int64_t i = 0; i < packed_bytes(w.format, w.group); i += 64) prefetch(packed + FETCH_AHEAD + i);
         expand(w.format, packed, w.group, group);
         f32x16 scale0 = load_f32(scales), scale1 = load_f32(scales + LANES);
-        for_blocks(first, last, [&](auto rows, int64_t row, bool) {
+        for_blocks(0, last - first, [&](auto rows, int64_t row, bool) {
             constexpr int ROWS = decltype(rows)::value;
-            Accumulators<ROWS> acc = {};
-            tile<E, ROWS>(x + row * op.x_stride + k, op.x_stride, group, w.group / E::KU, acc, NoFetch());
+            Accumulators<E, ROWS> acc = {};
+            tile<E, ROWS>(x + row * lda + g * w.group, lda, group, w.group / E::KU, acc, NoFetch());
             for (int m = 0; m < ROWS; m++) {
-                sums[row - first + m][0] += scale0 * acc[m][0];
-                sums[row - first + m][1] += scale1 * acc[m][1];
+                sums[row + m][0] += finish(row + m, g, acc[m][0], scale0);
+                sums[row + m][1] += finish(row + m, g, acc[m][1], scale1);
             }
         });
     }
     Writer write{op, panel};
     for (int64_t m = 0; m < last - first; m++) write(first + m, sums[m][0], sums[m][1]);
 }
+
+template <class E>
+void quantized_task(const Linear &op, int64_t first, int64_t last, int64_t panel) {
+    const typename E::T *x = static_cast<const typename E::T *>(op.x) + first * op.x_stride;
+    grouped_task<E>(op, first, last, panel, x, op.x_stride,
+                    [](int64_t, int64_t, f32x16 sum, f32x16 scale) { return scale * sum; });
+}
+
+#if LLMTOOL_AVX512_VNNI
+
+// The rows of a task as integers. A thread rounds them for the first of an operation's tasks that it runs.
+class RoundedRows {
+  public:
+    // serial: of the operation's run.
+    void fill(const Linear &op, int64_t first, int64_t last, uint64_t serial) {
+        if (serial == serial_ && first == first_ && last == last_) return;
+        serial_ = serial, first_ = first, last_ = last;
+        const int64_t k = op.weight.k, group = op.weight.group, groups = k / group;
+        q_.resize((last - first) * k);
+        scales_.resize((last - first) * groups);
+        for (int64_t row = first; row < last; row++) {
+            const uint16_t *x = static_cast<const uint16_t *>(op.x) + row * op.x_stride;
+            for (int64_t g = 0; g < groups; g++)
+                scales_[(row - first) * groups + g] =
+                    round_group(x + g * group, group, q_.data() + (row - first) * k + g * group);
+        }
+    }
+    const int16_t *q() const { return q_.data(); }
+    const float *scales() const { return scales_.data(); }
+
+  private:
+    uint64_t serial_ = 0;
+    int64_t first_ = 0, last_ = 0;
+    std::vector<int16_t> q_;
+    std::vector<float> scales_;
+};
+
+// A few rows: integers go from memory into products, never to memory again.
+template <int ROWS>
+void integer_rows(const Linear &op, const RoundedRows &x, int64_t first, int64_t panel) {
+    const Weight &w = op.weight;
+    const int64_t groups = w.k / w.group;
+    const uint8_t *packed = panel_data(w, panel);
+    const uint16_t *scales = panel_scales(w, panel);
+    f32x16 sums[ROWS][2] = {};
+    for (int64_t g = 0; g < groups; g++, packed += packed_bytes(w.format, w.group)) {
+        IntegerSums<ROWS> acc = {};
+        if (w.format == PANEL_INT8)
+            int8_tile<ROWS>(x.q() + g * w.group, w.k, packed, w.group, acc);
+        else
+            int4_tile<ROWS>(x.q() + g * w.group, w.k, packed, w.group, acc);
+        for (int half = 0; half < 2; half++) {
+            f32x16 scale = load_f32(scales + g * PANEL + half * LANES);
+            for (int m = 0; m < ROWS; m++)
+                sums[m][half] += bits<f32x16>(_mm512_cvtepi32_ps(acc[m][half])) * (scale * x.scales()[m * groups + g]);
+        }
+    }
+    Writer write{op, panel};
+    for (int m = 0; m < ROWS; m++) write(first + m, sums[m][0], sums[m][1]);
+}
+
+void integer_task(const Linear &op, int64_t first, int64_t last, int64_t panel, uint64_t serial) {
+    static thread_local RoundedRows x;
+    x.fill(op, first, last, serial);
+    switch (last - first) {
+        case 1: return integer_rows<1>(op, x, first, panel);
+        case 2: return integer_rows<2>(op, x, first, panel);
+        case 3: return integer_rows<3>(op, x, first, panel);
+        case 4: return integer_rows<4>(op, x, first, panel);
+        case 5: return integer_rows<5>(op, x, first, panel);
+        case 6: return integer_rows<6>(op, x, first, panel);
+        default: break;
+    }
+    const int64_t groups = op.weight.k / op.weight.group;
+    grouped_task<Int16>(op, first, last, panel, x.q(), op.weight.k,
+                        [&](int64_t row, int64_t group, __m512i sum, f32x16 scale) {
+                            f32x16 value = bits<f32x16>(_mm512_cvtepi32_ps(sum));
+                            return value * (scale * x.scales()[row * groups + group]);
+                        });
+}
+
+#endif
 
 // Row `row` of a weight, times scale. Its values lie apart, one or two in every line of its panel.
 void unpack_row(const Weight &w, int64_t row, float scale, float *out) {
@@ -172,11 +256,16 @@ int64_t linear_tasks(const Linear &op, int64_t rows) {
     return panels(op.weight) * ((rows + TASK_ROWS - 1) / TASK_ROWS);
 }
 
-void linear_task(const Linear &op, int64_t rows, int64_t task, int64_t next) {
+void linear_task(const Linear &op, int64_t rows, int64_t task, int64_t next, uint64_t serial) {
     int64_t count = panels(op.weight), panel = task % count;
     int64_t first = task / count * TASK_ROWS, last = std::min(first + TASK_ROWS, rows);
     bool quantized = op.weight.format == PANEL_INT8 || op.weight.format == PANEL_INT4;
+#if LLMTOOL_AVX512_VNNI
+    if (quantized && op.x_type == BF16) return integer_task(op, first, last, panel, serial);
+#else
+    (void)serial;
     if (quantized && op.x_type == BF16) return quantized_task<Bfloat16>(op, first, last, panel);
+#endif
     if (quantized) return quantized_task<Float32>(op, first, last, panel);
     int64_t next_panel = next < 0 ? -1 : next % count;
     if (op.x_type == BF16) return dense_task<Bfloat16>(op, first, last, panel, next_panel);

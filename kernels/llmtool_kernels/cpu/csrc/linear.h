@@ -7,8 +7,8 @@ namespace llmtool {
 // False for a combination of formats, types and shapes that linear_task does not run.
 bool linear_valid(const Linear &op);
 int64_t linear_tasks(const Linear &op, int64_t rows);
-// next: the task this thread is likely to run next, or -1.
-void linear_task(const Linear &op, int64_t rows, int64_t task, int64_t next);
+// next: the task this thread is likely to run next, or -1. serial: a number that only this run of the operation has.
+void linear_task(const Linear &op, int64_t rows, int64_t task, int64_t next, uint64_t serial);
 
 // out[i] = scale * row ids[i] of the table, for i in [first, last).
 void embed_rows(const Embed &op, const int64_t *ids, int64_t first, int64_t last);

@@ -17,6 +17,7 @@ constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators, 2 panel lines and a broad
 struct Float32 {
     using T = float;
     static constexpr int KU = 1;
+    using Sum = f32x16;
     using Line = f32x16;
     using Scalar = float;
     LLMTOOL_INLINE Line line(const T *p) { return load<f32x16>(p); }
@@ -26,6 +27,7 @@ struct Float32 {
 
 struct Bfloat16 {
     using T = uint16_t;
+    using Sum = f32x16;
     static constexpr int KU = 2;
 #if LLMTOOL_AVX512_BF16
     using Line = __m512bh;
@@ -52,8 +54,8 @@ struct Bfloat16 {
 #endif
 };
 
-template <int ROWS>
-using Accumulators = f32x16[ROWS][2];
+template <class E, int ROWS>
+using Accumulators = typename E::Sum[ROWS][2];
 
 struct NoFetch {
     void operator()(int64_t) const {}
@@ -64,7 +66,7 @@ struct NoFetch {
 // two lines of what comes next into the cache: as many as a unit has.
 template <class E, int ROWS, class Fetch>
 LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *left, const typename E::T *right,
-                         int64_t stride, int64_t units, Accumulators<ROWS> &acc, Fetch &&fetch) {
+                         int64_t stride, int64_t units, Accumulators<E, ROWS> &acc, Fetch &&fetch) {
     for (int64_t u = 0; u < units; u++) {
         typename E::Line w0 = E::line(left + u * stride), w1 = E::line(right + u * stride);
         fetch(u);
@@ -80,7 +82,7 @@ LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::
 // The same for a panel whose units lie one after the other.
 template <class E, int ROWS, class Fetch>
 LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *panel, int64_t units,
-                         Accumulators<ROWS> &acc, Fetch &&fetch) {
+                         Accumulators<E, ROWS> &acc, Fetch &&fetch) {
     constexpr int LINE = LANES * E::KU;
     tile<E, ROWS>(a, lda, panel, panel + LINE, 2 * LINE, units, acc, fetch);
 }
@@ -88,7 +90,7 @@ LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::
 // The same for units that lie anywhere, each `offset` elements from its pointer.
 template <class E, int ROWS, class Fetch>
 LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *const *panel, int64_t offset,
-                         int64_t units, Accumulators<ROWS> &acc, Fetch &&fetch) {
+                         int64_t units, Accumulators<E, ROWS> &acc, Fetch &&fetch) {
     constexpr int LINE = LANES * E::KU;
     for (int64_t u = 0; u < units; u++) {
         typename E::Line w0 = E::line(panel[u] + offset), w1 = E::line(panel[u] + offset + LINE);

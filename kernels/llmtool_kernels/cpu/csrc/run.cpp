@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "attention.h"
@@ -57,14 +58,14 @@ Bound bind(const Op &op, const Step &step, AttentionPlanner &planner) {
     return bound;
 }
 
-void run_task(const Bound &bound, const Step &step, int64_t task, int64_t next) {
+void run_task(const Bound &bound, const Step &step, int64_t task, int64_t next, uint64_t serial) {
     const Op &op = *bound.op;
     int64_t first = task * ROWS_A_TASK, last = std::min(first + ROWS_A_TASK, bound.rows);
     switch (op.kind) {
         case EMBED: return embed_rows(op.embed, step.input_ids, first, last);
         case SELECT: return select_rows(op.select, step.select, first, last);
         case RMS_NORM: return rms_norm_rows(op.rms_norm, first, last);
-        case LINEAR: return linear_task(op.linear, bound.rows, task, next);
+        case LINEAR: return linear_task(op.linear, bound.rows, task, next, serial);
         case JOIN_GATE: return join_gate_rows(op.gated, first, last);
         case WRITE_KV: return write_kv_rows(op.write_kv, step, first, last);
         case QKV_POST: return qkv_post_rows(op.qkv_post, step, first, last);
@@ -97,8 +98,10 @@ int64_t llmtool_run(const Op *ops, int64_t num_ops, const Step *step, int64_t th
         w.tasks.push_back(w.bound.back().tasks);
         most = std::max(most, w.tasks.back());
     }
+    static std::atomic<uint64_t> serials{1};
+    const uint64_t first_serial = serials.fetch_add(num_ops, std::memory_order_relaxed);
     Team::instance().run(w.tasks, std::min(threads, most), [&](int64_t phase, int64_t task, int64_t next) {
-        run_task(w.bound[phase], *step, task, next);
+        run_task(w.bound[phase], *step, task, next, first_serial + phase);
     });
     return 0;
 }
