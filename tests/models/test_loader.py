@@ -74,11 +74,27 @@ def test_every_problem_is_named_at_once(directory: Path) -> None:
     assert "model.norm.weight is [7], config.json asks for [48]" in error.value.message
 
 
-def test_a_tied_head_that_was_saved_all_the_same_is_no_error(directory: Path) -> None:
+def test_a_tied_head_that_was_saved_all_the_same_is_no_error(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMTOOL_CPU_KERNELS", "off")
     edit(directory, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     model = load(directory, torch.float32)
     assert isinstance(model, NativeDecoder)
     assert model.weights.lm_head is model.weights.embedding
+
+
+@pytest.mark.parametrize("mode", ["auto", "off"])
+def test_bytes_of_the_weights(tiny: Tiny, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tied embedding counts once, and fewer bits are fewer bytes."""
+    monkeypatch.setenv("LLMTOOL_CPU_KERNELS", mode)
+    _, directory = tiny("smollm")
+    plain = load(directory, torch.float32).weight_bytes
+    spec_bytes = ModelSpec.from_dir(directory).weight_bytes("float32")
+    assert spec_bytes <= plain < 1.2 * spec_bytes  # panels are padded
+    eight, four = (load(directory, torch.float32, quantization=q).weight_bytes for q in ("int8", "int4"))
+    # Without the kernels four bits lie in a byte each.
+    assert eight < 0.4 * plain and (four < 0.8 * eight if mode == "auto" else four < 1.1 * eight)
 
 
 def test_directories_without_readable_weights(directory: Path) -> None:
@@ -110,7 +126,8 @@ def test_dummy_weights_need_only_a_config_and_follow_the_seed(
     assert len(set(first.argmax(-1).tolist())) > 2
 
 
-def test_slots_are_transformers_names(tiny: Tiny) -> None:
+def test_slots_are_transformers_names(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTOOL_CPU_KERNELS", "off")
     for family in ("llama", "llama-biased", "qwen2", "qwen3"):
         reference, directory = tiny(family)
         model = load(directory, torch.float32)

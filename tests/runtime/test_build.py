@@ -117,6 +117,6 @@ def test_the_context_follows_the_memory(directory: Path) -> None:
 
 def test_bf16_runs(directory: Path) -> None:
     parts, _ = build(directory, dtype="bfloat16")
-    assert parts.info.weight_bytes == 2 * parts.info.num_parameters
+    assert 2 <= parts.info.weight_bytes / parts.info.num_parameters < 1.1 * 2  # panels are padded
     params = SamplingParams(temperature=0.7, max_tokens=12, ignore_eos=True, logprobs=3)
     assert len(answer(engine_of(parts), [5, 6, 7], params)) == 12
