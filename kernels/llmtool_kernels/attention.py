@@ -1,5 +1,7 @@
 """Paged attention, and in torch the reference of every faster kernel.
 
+On CUDA tensors these functions hand over to `llmtool_kernels.gpu`, which is not imported before.
+
 The KV arena is one flat uint8 tensor. A block-table entry is an offset into it in units of `UNIT` bytes, so
 that pages of different sizes share it. Inside a page a layer starts at `KVLayout.layer_offset` bytes and
 stores K of all slots, then V of all slots: K[slot, head, dim], V[slot, head, dim].
@@ -10,11 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmtool_kernels import dispatch
 from llmtool_kernels.attention_plan import AttentionWork, plan_step
 
 MAX_SCORES = 2**22  # attention scores held at a time, where they are held at all
@@ -44,6 +48,10 @@ class AttentionBatch:
     block_tables: int32 [S, W], page offsets in units; entries past a sequence's pages are never read.
     token_units, token_slots: int64 [N], page offset and slot that take each new token's KV.
     query_lens, kv_lens: the same lengths on the host, so that planning a step never waits for a device.
+    tree: int64 [N], for sequences of at most 64 new tokens: bit j of a token's word says that it sees its
+    sequence's j-th new token (itself and its ancestors in a tree of drafts, whose depth is then its position;
+    all of the tokens before them it sees anyway; a window is no shorter than a branch). None: a token sees those
+    before it.
     """
 
     query_start: Tensor
@@ -53,11 +61,9 @@ class AttentionBatch:
     token_slots: Tensor
     query_lens: Sequence[int]
     kv_lens: Sequence[int]
-    # The step's work, made by the first layer that asks and shared by all layers alike in these three.
-    _plans: dict[tuple[int | None, int, torch.dtype], list[AttentionWork]] = field(
-        default_factory=dict, init=False
-    )
-
+    tree: Tensor | None = None
+    # The step's work, made by the first layer that asks and shared by all layers alike in what is its key.
+    _plans: dict[tuple[Any, ...], list[Any]] = field(default_factory=dict, init=False)
     _scratch: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, init=False)
 
     @classmethod
@@ -68,6 +74,7 @@ class AttentionBatch:
         tables: Sequence[Sequence[int]],
         tokens_per_page: int,
         device: torch.device | str = "cpu",
+        tree: Sequence[int] | None = None,
     ) -> AttentionBatch:
         """The batch where the last query_lens[s] of kv_lens[s] tokens are new; tables in units."""
         width = max((len(table) for table in tables), default=0)
@@ -85,6 +92,7 @@ class AttentionBatch:
             token_slots=torch.tensor(slots, dtype=torch.int64, device=device),
             query_lens=query_lens,
             kv_lens=kv_lens,
+            tree=None if tree is None else torch.tensor(tree, dtype=torch.int64, device=device),
         )
 
     def scratch(self, slot: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -103,7 +111,7 @@ class AttentionBatch:
         key = (window, tokens_per_page, dtype)
         if key not in self._plans:
             self._plans[key] = plan_step(
-                self.query_lens, self.kv_lens, self.block_tables, window, tokens_per_page, dtype
+                self.query_lens, self.kv_lens, self.block_tables, window, tokens_per_page, dtype, self.tree
             )
         return self._plans[key]
 
@@ -129,7 +137,14 @@ def paged_attention(
     nothing. v None: the values are the first value_dim dimensions of the cached keys. Returns [N, Hq, Dv].
     All new KV is written before any is read: a sequence may read pages that another fills in this step.
     """
-    if q.device.type == "cpu":
+    if dispatch.on_gpu(q):
+        from llmtool_kernels.gpu.attention import read_pages
+        from llmtool_kernels.gpu.qkv import write_kv as write_kv_on_device
+
+        write_kv_on_device(k, v, arena, layout, batch)
+        shared = value_dim if v is None else None
+        return read_pages(q, arena, layout, batch, scale, window, softcap, sinks, shared)
+    if q.device.type == "cpu" and batch.tree is None:
         from llmtool_kernels.cpu.attention import kernels_for, paged_attention_cpu  # which import this module
 
         native = kernels_for(q, k, v)
@@ -204,6 +219,11 @@ def copy_pages(
     Sources are read before any destination is written, as if all copies happened at once.
     """
     if not pairs:
+        return
+    if dispatch.on_gpu(arena_dst) and dispatch.on_gpu(arena_src):
+        from llmtool_kernels.gpu.pages import copy_pages as copy_on_device
+
+        copy_on_device(arena_dst, arena_src, pairs, page_bytes)
         return
     index = torch.tensor(pairs, dtype=torch.int64).T  # [2, P]
     src, dst = (_page_words(arena, page_bytes) for arena in (arena_src, arena_dst))

@@ -59,6 +59,7 @@ def plan_step(
     window: int | None,
     tokens_per_page: int,
     dtype: torch.dtype,
+    tree: Tensor | None = None,
 ) -> list[AttentionWork]:
     """The work of one step for all layers with this window. block_tables: int32 [S, W], in units."""
     single: list[_Span] = []
@@ -77,7 +78,7 @@ def plan_step(
         _bucket_work(bucket, block_tables, window, tokens_per_page, dtype)
         for bucket in _buckets(single, tokens_per_page)
     ]
-    return work + [_chunk_work(span, block_tables, window, tokens_per_page, dtype) for span in chunks]
+    return work + [_chunk_work(span, block_tables, window, tokens_per_page, dtype, tree) for span in chunks]
 
 
 def _buckets(spans: list[_Span], tokens_per_page: int) -> Iterator[list[_Span]]:
@@ -124,18 +125,19 @@ def _bucket_work(
 
 
 def _chunk_work(
-    span: _Span, block_tables: Tensor, window: int | None, tokens_per_page: int, dtype: torch.dtype
+    span: _Span,
+    block_tables: Tensor,
+    window: int | None,
+    tokens_per_page: int,
+    dtype: torch.dtype,
+    tree: Tensor | None,
 ) -> AttentionWork:
     device = block_tables.device
     rows = torch.arange(span.row, span.row + span.query_len, device=device)
-    causal = span.query_len == span.kv_len and (window is None or span.kv_len <= window)
+    causal = tree is None and span.query_len == span.kv_len and (window is None or span.kv_len <= window)
     mask = None
     if not causal:
-        query = torch.arange(span.kv_len - span.query_len, span.kv_len, device=device)[:, None]
-        key = torch.arange(span.first_token, span.kv_len, device=device)
-        hidden = key > query
-        if window is not None:
-            hidden |= key <= query - window
+        hidden = _hidden(span, window, None if tree is None else tree[rows], device)
         mask = _additive(hidden, dtype)
     last_page = span.first_page + span.num_pages
     return AttentionWork(
@@ -148,6 +150,24 @@ def _chunk_work(
         causal=causal,
         stale=None,
     )
+
+
+def _hidden(span: _Span, window: int | None, tree: Tensor | None, device: torch.device) -> Tensor:
+    """[R, length]: which of the tokens from first_token on a chunk's queries do not see. tree: their bits [R]."""
+    context = span.kv_len - span.query_len
+    query = torch.arange(context, span.kv_len, device=device)[:, None]
+    key = torch.arange(span.first_token, span.kv_len, device=device)
+    if tree is None:
+        hidden = key > query
+    else:
+        assert span.query_len <= 64, "a tree has at most 64 nodes"
+        ancestors = (tree[:, None] >> torch.arange(span.query_len, device=device)) & 1  # [R, R]
+        hidden = torch.zeros(len(query), len(key), dtype=torch.bool, device=device)
+        hidden[:, context - span.first_token :] = ancestors == 0
+        query = context + ancestors.sum(1, keepdim=True) - 1
+    if window is not None:
+        hidden |= key <= query - window
+    return hidden
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:

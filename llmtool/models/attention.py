@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from llmtool_kernels import dispatch
 from llmtool_kernels.attention import AttentionBatch, KVLayout, paged_attention
 from torch import Tensor
 
@@ -26,6 +27,14 @@ def attend(
     heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
     qkv = linear(x, w.qkv, w.qkv_bias)
     q, k, v = qkv.split((heads * dim, kv_heads * dim, kv_heads * dim), dim=-1)
+    if dispatch.on_gpu(qkv):
+        from llmtool_kernels.gpu.attention import read_pages
+        from llmtool_kernels.gpu.qkv import qkv_post
+
+        q, k, v = (t.unflatten(-1, (-1, dim)) for t in (q, k, v))  # [N, heads, D]
+        q = qkv_post(q, k, v, *kv, spec.qk_norm, w.q_norm, w.k_norm, norms.eps, rotation)
+        out = read_pages(q, *kv, spec.scale, layer.window, spec.softcap, w.sinks)
+        return linear(out.flatten(1), w.o, w.o_bias)
     if spec.qk_norm == "all":
         q, k = _normed(q, k, w, norms.eps)
     q, k, v = (t.unflatten(-1, (-1, dim)) for t in (q, k, v))  # [N, heads, D]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmtool.models.attention import LayerKV, attend, attend_latent
 from llmtool.models.mlp import dense, mixture
-from llmtool.models.ops import Rotation, embed, linear, rms_norm
+from llmtool.models.ops import Rotation, add_rms_norm, embed, linear, rms_norm
 from llmtool.models.rope import RotaryEmbedding
 from llmtool.models.weights import AttentionWeights, DecoderWeights, DenseWeights, LayerWeights
 from llmtool.modelspec import DenseSpec, LayerSpec, ModelSpec, MoESpec
@@ -92,18 +92,21 @@ class NativeDecoder:
         return self.weights.nbytes
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
+        eps, scale = self.spec.norms.eps, self.spec.residual_scale
         rotations = [rope(positions) for rope in self._ropes]
         hidden = embed(input_ids, self.weights.embedding, self.dtype)  # [N, hidden]
         if self._embedding_scale != 1.0:
             hidden = hidden * self._embedding_scale
-        for i, (layer, w) in enumerate(zip(self.spec.layers, self.weights.layers, strict=True)):
+        layers = self.weights.layers
+        x = hidden if layers[0].attention_norm is None else rms_norm(hidden, layers[0].attention_norm, eps)
+        for i, (layer, w) in enumerate(zip(self.spec.layers, layers, strict=True)):
             rope = self._rope_of[i]
-            x = self._norm(hidden, w.attention_norm)
             x = self._attention(x, layer, w, None if rope is None else rotations[rope], kv.layer(i))
-            hidden = self._add(hidden, x, w.attention_out_norm)
-            x = self._mlp(self._norm(hidden, w.mlp_norm), layer, w)
-            hidden = self._add(hidden, x, w.mlp_out_norm)
-        return self._norm(hidden, self.weights.norm)
+            hidden, x = add_rms_norm(hidden, x, w.attention_out_norm, w.mlp_norm, eps, scale)
+            x = self._mlp(x, layer, w)
+            following = layers[i + 1].attention_norm if i + 1 < len(layers) else self.weights.norm
+            hidden, x = add_rms_norm(hidden, x, w.mlp_out_norm, following, eps, scale)
+        return x
 
     def logits(self, hidden: Tensor) -> Tensor:
         return finish_logits(linear(hidden, self.weights.lm_head).float(), self.spec)
@@ -123,14 +126,6 @@ class NativeDecoder:
             return dense(x, w.mlp, layer.mlp.gate)
         assert isinstance(layer.mlp, MoESpec)
         return mixture(x, w.mlp, layer.mlp)
-
-    def _norm(self, x: Tensor, weight: Tensor | None) -> Tensor:
-        return x if weight is None else rms_norm(x, weight, self.spec.norms.eps)
-
-    def _add(self, hidden: Tensor, x: Tensor, norm: Tensor | None) -> Tensor:
-        """The residual stream after a block that returned x."""
-        x = self._norm(x, norm)
-        return hidden + (x if self.spec.residual_scale == 1.0 else x * self.spec.residual_scale)
 
 
 def finish_logits(logits: Tensor, spec: ModelSpec) -> Tensor:

@@ -1,9 +1,10 @@
-"""The operations a decoder is made of, one function each, in plain torch: what faster kernels stand in for."""
+"""The operations a decoder is made of, one function each, in plain torch; on CUDA its kernels."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from llmtool_kernels import dispatch
 from torch import Tensor
 
 from llmtool.models.weights import Matrix
@@ -27,9 +28,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     A weight in float32 beside narrower x (Gemma's 1 + w) is applied before the result is narrowed.
     """
+    if dispatch.on_gpu(x):
+        from llmtool_kernels.gpu import norm
+
+        return norm.rms_norm(x, weight, eps)
     if weight.dtype == x.dtype:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
     return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+
+
+def add_rms_norm(
+    hidden: Tensor,
+    x: Tensor,
+    x_weight: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after a block that returned x, and what the next block reads; all [N, hidden].
+
+    hidden + scale * (x normed by x_weight), and that normed by weight; a weight of None stands for no norm.
+    """
+    if dispatch.on_gpu(hidden):
+        from llmtool_kernels.gpu import norm
+
+        return norm.add_rms_norm(hidden, x, x_weight, weight, eps, scale)
+    if x_weight is not None:
+        x = rms_norm(x, x_weight, eps)
+    hidden = hidden + (x if scale == 1.0 else x * scale)
+    return hidden, hidden if weight is None else rms_norm(hidden, weight, eps)
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
@@ -43,6 +70,10 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 def gated(gate_up: Tensor, spec: GateSpec) -> Tensor:
     """gate_up [N, 2 * inner], gates then ups -> [N, inner]."""
+    if dispatch.on_gpu(gate_up):
+        from llmtool_kernels.gpu import gate as kernel
+
+        return kernel.gated(gate_up, spec.kind, spec.alpha, spec.limit)
     gate, up = gate_up.chunk(2, dim=-1)
     if spec.kind == "clamped":
         gate, up = gate.clamp(max=spec.limit), up.clamp(-spec.limit, spec.limit)

@@ -18,7 +18,9 @@ class PagedSequences:
     def __init__(self, model: Decoder, tokens_per_page: int = 4, num_pages: int = 64) -> None:
         self.model = model
         self.group = uniform_group(model.spec.layer_cache_specs(model.dtype.itemsize), tokens_per_page)
-        self.arena = torch.full((num_pages * self.group.page_bytes,), 0xFF, dtype=torch.uint8)
+        self.arena = torch.full(
+            (num_pages * self.group.page_bytes,), 0xFF, dtype=torch.uint8, device=model.device
+        )
         self.free = [i * self.group.page_units for i in range(num_pages)]
         random.Random(0).shuffle(self.free)
         self.layers = {
@@ -47,9 +49,10 @@ class PagedSequences:
             [self.lengths[name] for name in chunks],
             [self.tables[name] for name in chunks],
             self.group.tokens_per_page,
+            self.model.device,
         )
-        input_ids = torch.tensor([i for ids in chunks.values() for i in ids])
-        hidden = self.model.forward(
-            input_ids, torch.tensor(positions), KVContext(self.arena, self.layers, (batch,))
-        )
+        device = self.model.device
+        input_ids = torch.tensor([i for ids in chunks.values() for i in ids], device=device)
+        at = torch.tensor(positions, device=device)
+        hidden = self.model.forward(input_ids, at, KVContext(self.arena, self.layers, (batch,)))
         return list(self.model.logits(hidden).split(query_lens))

@@ -1,0 +1,91 @@
+"""The attention kernel as Hopper would run it: it fits, nothing spills, loads are wide, tensor cores work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from llmtool_kernels.attention import AttentionBatch, KVLayout
+from llmtool_kernels.gpu import attention
+from llmtool_kernels.gpu.attention_kernel import attention_kernel
+from llmtool_kernels.gpu.table import SHARED_MEMORY
+
+from tests.kernels.gpu.conftest import INTERPRETED
+from tests.kernels.gpu.sm90 import Compiled, compiled
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="compiles; the interpreter does not")
+MULTIPROCESSORS = 132  # of an H100 or H200
+
+
+@pytest.fixture(autouse=True)
+def _hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(attention, "multiprocessors", lambda _: MULTIPROCESSORS)
+    yield
+
+
+def build(
+    queries: int,
+    group: int,
+    kv_heads: int,
+    k_dim: int,
+    v_dim: int,
+    dtype: torch.dtype = torch.bfloat16,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+    tree: bool = False,
+) -> Compiled:
+    """For two sequences of 1024 tokens. v_dim of 512 under k_dim 576 is latent attention's."""
+    latent = (k_dim, v_dim) == (576, 512)
+    layout = KVLayout(0, 16, kv_heads, k_dim, 0 if latent else v_dim)
+    bits = [1] * 2 * queries if tree else None
+    batch = AttentionBatch.build([queries] * 2, [1024] * 2, [list(range(64))] * 2, 16, tree=bits)
+    q = torch.empty(2 * queries, kv_heads * group, k_dim, dtype=dtype)
+    out = torch.empty(2 * queries, kv_heads * group, v_dim, dtype=dtype)
+    arena = torch.empty(4096, dtype=torch.uint8)
+    (work,) = attention.plan(q, layout, batch, window, v_dim if latent else None)
+    sink = torch.empty(kv_heads * group, dtype=dtype) if sinks else None
+    return compiled(
+        attention_kernel,
+        attention.arguments(out, q, arena, layout, batch, work, 0.1, softcap, sink),
+        attention.constants(dtype, kv_heads * group, layout, work, softcap, sinks, tree, latent),
+        work.config.num_warps,
+        work.config.num_stages,
+    )
+
+
+@pytest.mark.parametrize(
+    ("queries", "group", "kv_heads", "k_dim", "v_dim", "extra"),
+    [
+        (1, 4, 8, 128, 128, {}),  # Llama-3.1-8B
+        (8, 4, 8, 128, 128, {"tree": True}),
+        (16, 4, 8, 128, 128, {}),
+        (512, 4, 8, 128, 128, {}),
+        (1, 4, 8, 64, 64, {}),  # Llama-3.2-1B
+        (512, 8, 8, 64, 64, {"window": 128, "sinks": True}),  # gpt-oss
+        (1, 2, 8, 256, 256, {"softcap": 50.0, "window": 4096}),  # Gemma-2-9B
+        (512, 2, 8, 256, 256, {"softcap": 50.0, "window": 4096}),
+        (1, 1, 32, 96, 96, {}),  # Phi-3-mini
+        (1, 128, 1, 576, 512, {}),  # DeepSeek-V3
+        (1, 16, 1, 576, 512, {}),  # DeepSeek-V2-Lite
+        (1, 4, 8, 128, 128, {"dtype": torch.float32}),
+        (512, 4, 8, 128, 128, {"dtype": torch.float32}),
+    ],
+)
+def test_fits_hopper(
+    queries: int, group: int, kv_heads: int, k_dim: int, v_dim: int, extra: dict[str, object]
+) -> None:
+    built = build(queries, group, kv_heads, k_dim, v_dim, **extra)  # type: ignore[arg-type]
+    assert built.shared <= SHARED_MEMORY
+    assert built.spills == 0, f"{built.registers} registers and {built.spills} bytes spilled"
+    # Keys and values go to shared memory 16 bytes at a time, past L1, and from there to tensor cores.
+    assert "cp.async.cg.shared.global" in built.ptx
+    wide = queries * group >= 64 and k_dim < 576 and "dtype" not in extra
+    assert ("wgmma.mma_async" if wide else "mma.sync") in built.ptx
+
+
+def test_two_decoding_programs_fit_beside_each_other() -> None:
+    built = build(1, 4, 8, 128, 128)
+    assert 2 * built.shared <= SHARED_MEMORY
+    assert 2 * built.registers * 128 <= 65536
