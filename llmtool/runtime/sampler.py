@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from llmtool_kernels import dispatch
 from numpy.typing import NDArray
 
 from llmtool.core.request import SamplingParams
@@ -175,6 +176,10 @@ def _sample_touched(
     if len(drawn) == 0:
         return peaks, tokens
     rows_at = index[drawn]
+    if dispatch.on_gpu(x):
+        where = torch.from_numpy(drawn).to(x.device)
+        tokens[where] = _draw_on_gpu(x[where], rows, rows_at, positions[drawn])
+        return peaks, tokens
     u = uniforms(rows.seed[rows_at], positions[drawn])
     if len(drawn) == len(index):
         x = x.sub_(peaks[:, None])
@@ -219,6 +224,21 @@ def _ban(x: torch.Tensor, ids: torch.Tensor) -> None:
     x[ids] = -torch.inf
     if bool(x.max() == -torch.inf):
         x[ids] = before
+
+
+def _draw_on_gpu(x: torch.Tensor, rows: SamplingRows, index: Ints, positions: Ints) -> torch.Tensor:
+    """`_draw` of logits x [D, V] in one kernel, which makes the random numbers itself."""
+    from llmtool_kernels.gpu import sample as kernel
+
+    def on_device(array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array).to(x.device, non_blocking=True)
+
+    filters = None
+    if (rows.features[index] & FILTER).any():
+        top_k, top_p, log_min_p = (on_device(a[index]) for a in (rows.top_k, rows.top_p, rows.log_min_p))
+        filters = (top_k, top_p, log_min_p)
+    seeds, at = on_device(rows.seed[index].view(np.int64)), on_device(positions.astype(np.int64))
+    return kernel.sample(x, seeds, at, on_device(rows.temperature[index]), filters)
 
 
 def _draw(x: torch.Tensor, rows: SamplingRows, index: Ints, u: NDArray[np.float64]) -> torch.Tensor:

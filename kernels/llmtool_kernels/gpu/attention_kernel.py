@@ -132,7 +132,7 @@ def _combine(
         total += weight * tl.load(ml + BLOCK_M, cache_modifier=".cg")
     share, total = _with_sink(m, total, sink, SINKS)
     scale = share / total
-    COLUMNS: tl.constexpr = min(DV_PAD, 64)
+    COLUMNS: tl.constexpr = DV_PAD if DV_PAD < 64 else 64
     for c in tl.static_range(0, DV_PAD, COLUMNS):
         columns = c + tl.arange(0, COLUMNS)
         stored = valid[:, None] & (columns < DV)[None, :]

@@ -60,17 +60,17 @@ def build(
     [
         (1, 4, 8, 128, 128, {}),  # Llama-3.1-8B
         (8, 4, 8, 128, 128, {"tree": True}),
-        (16, 4, 8, 128, 128, {}),
+        pytest.param(16, 4, 8, 128, 128, {}, marks=pytest.mark.slow),
         (512, 4, 8, 128, 128, {}),
         (1, 4, 8, 64, 64, {}),  # Llama-3.2-1B
         (512, 8, 8, 64, 64, {"window": 128, "sinks": True}),  # gpt-oss
         (1, 2, 8, 256, 256, {"softcap": 50.0, "window": 4096}),  # Gemma-2-9B
-        (512, 2, 8, 256, 256, {"softcap": 50.0, "window": 4096}),
+        pytest.param(512, 2, 8, 256, 256, {"softcap": 50.0, "window": 4096}, marks=pytest.mark.slow),
         (1, 1, 32, 96, 96, {}),  # Phi-3-mini
         (1, 128, 1, 576, 512, {}),  # DeepSeek-V3
-        (1, 16, 1, 576, 512, {}),  # DeepSeek-V2-Lite
+        pytest.param(1, 16, 1, 576, 512, {}, marks=pytest.mark.slow),  # DeepSeek-V2-Lite
         (1, 4, 8, 128, 128, {"dtype": torch.float32}),
-        (512, 4, 8, 128, 128, {"dtype": torch.float32}),
+        pytest.param(512, 4, 8, 128, 128, {"dtype": torch.float32}, marks=pytest.mark.slow),
     ],
 )
 def test_fits_hopper(

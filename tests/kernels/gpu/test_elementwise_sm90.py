@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from llmtool_kernels.attention import AttentionBatch, KVLayout
+from llmtool_kernels.gpu import sample
 from llmtool_kernels.gpu.gate import BLOCK as GATE_BLOCK
 from llmtool_kernels.gpu.gate import KINDS, gate_kernel
 from llmtool_kernels.gpu.norm import norm_kernel, num_warps
@@ -51,6 +52,18 @@ def test_qkv(norm: str | None, q_heads: int) -> None:
     layout = KVLayout(0, 16, 8, 128, 128)
     args, constants, _ = launch(q, k, v, arena, layout, batch, norm, *weights, 1e-5, (angle, angle))
     check(compiled(qkv_kernel, args, constants))
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_sample(filtered: bool) -> None:
+    """No spills; the logits of Llama 3's vocabulary are read 16 bytes at a time."""
+    logits = torch.empty(4, 128256)
+    ints, floats = torch.empty(4, dtype=torch.int64), torch.empty(4)
+    filters = (ints, torch.empty(4, dtype=torch.float64), floats) if filtered else None
+    args = sample.arguments(ints, logits, ints, ints, floats, filters)
+    built = compiled(sample.sample_kernel, args, sample.constants(logits, filters), sample.NUM_WARPS)
+    assert built.spills == 0, f"{built.registers} registers and {built.spills} bytes spilled"
+    assert "ld.global.v4.b32" in built.ptx
 
 
 def test_page_copy() -> None:
