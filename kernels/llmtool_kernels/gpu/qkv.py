@@ -19,11 +19,12 @@ NORMS = {None: 0, "head": 1, "all": 2}
 
 @triton.jit
 def _turned(
-    x, out, first, weight, cos, sin, eps,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr, HEAD_STRIDE: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    x, x_head, out, first, weight, cos, sin, eps,
+    HEADS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
-    """Heads first, ..., first + BLOCK - 1 of a token, x and out being those of its head 0; out's heads lie D apart.
+    """Heads first, ..., first + BLOCK - 1 of a token, x and out being those of its head 0. x's heads lie x_head
+    apart, out's D.
 
     A head is two halves of HALF dimensions, which are turned against each other, and a rest that is not.
     """
@@ -32,7 +33,7 @@ def _turned(
     d = tl.arange(0, HALF_PAD)
     there = (head < HEADS)[:, None]
     inside = there if HALF_PAD == HALF else there & (d < HALF)[None, :]
-    rows = x + (head * HEAD_STRIDE)[:, None]
+    rows = x + (head * x_head)[:, None]
     a = load32(rows + d[None, :], inside)
     b = load32(rows + HALF + d[None, :], inside)
     rest = 2 * HALF + tl.arange(0, REST_PAD)
@@ -67,10 +68,9 @@ def _turned(
 @triton.jit
 def qkv_kernel(
     q_out, q, k, v, arena, units, slots, q_weight, k_weight, cos, sin,
-    q_row, k_row, v_row, layer_offset, v_offset, eps,
+    q_row, q_head, k_row, k_head, v_row, v_head, layer_offset, v_offset, eps,
     UNIT: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, HALF: tl.constexpr,
-    HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
+    HALF: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, V_PAD: tl.constexpr,
 ):  # fmt: skip
     """Grid (N, blocks of q heads, then of k, then of v). Strides and offsets in elements; cos, sin: [N, HALF]."""
@@ -82,8 +82,8 @@ def qkv_kernel(
     sin += token * HALF
     if block < Q_BLOCKS:
         _turned(
-            q + token * q_row, q_out + token * (Q_HEADS * D), block * Q_BLOCK, q_weight, cos, sin, eps,
-            Q_HEADS, Q_BLOCK, Q_STRIDE, D, HALF, HALF_PAD, REST_PAD, NORM, ROTATE,
+            q + token * q_row, q_head, q_out + token * (Q_HEADS * D), block * Q_BLOCK, q_weight, cos, sin, eps,
+            Q_HEADS, Q_BLOCK, D, HALF, HALF_PAD, REST_PAD, NORM, ROTATE,
         )  # fmt: skip
     else:
         unit = tl.load(units + token)
@@ -93,14 +93,14 @@ def qkv_kernel(
             if block < Q_BLOCKS + K_BLOCKS:
                 to = page + layer_offset + slot * (KV_HEADS * D)
                 _turned(
-                    k + token * k_row, to, (block - Q_BLOCKS) * K_BLOCK, k_weight, cos, sin, eps,
-                    KV_HEADS, K_BLOCK, K_STRIDE, D, HALF, HALF_PAD, REST_PAD, NORM, ROTATE,
+                    k + token * k_row, k_head, to, (block - Q_BLOCKS) * K_BLOCK, k_weight, cos, sin, eps,
+                    KV_HEADS, K_BLOCK, D, HALF, HALF_PAD, REST_PAD, NORM, ROTATE,
                 )  # fmt: skip
             else:
                 head = (block - Q_BLOCKS - K_BLOCKS) * V_BLOCK + tl.arange(0, V_BLOCK)
                 d = tl.arange(0, V_PAD)
                 inside = (head < KV_HEADS)[:, None] & (d < DV)[None, :]
-                values = tl.load(v + token * v_row + (head * V_STRIDE)[:, None] + d[None, :], mask=inside)
+                values = tl.load(v + token * v_row + (head * v_head)[:, None] + d[None, :], mask=inside)
                 to = page + v_offset + slot * (KV_HEADS * DV)
                 tl.store(to + (head * DV)[:, None] + d[None, :], values, mask=inside)
 
@@ -173,7 +173,7 @@ def launch(
         k if q is None else torch.empty(n, q_heads, dim, dtype=k.dtype, device=k.device),
         q_view, k, v_view, pages, batch.token_units, batch.token_slots,
         k if q_weight is None else q_weight, k if k_weight is None else k_weight, cos, sin,
-        q_view.stride(0), k.stride(0), v_view.stride(0),
+        q_view.stride(0), q_view.stride(1), k.stride(0), k.stride(1), v_view.stride(0), v_view.stride(1),
         start, start + layout.tokens_per_page * kv_heads * dim, eps,
     )  # fmt: skip
     constants: dict[str, object] = {
@@ -182,9 +182,6 @@ def launch(
         "KV_HEADS": kv_heads,
         "D": dim,
         "DV": max(1, v_dim),
-        "Q_STRIDE": q_view.stride(1),
-        "K_STRIDE": k.stride(1),
-        "V_STRIDE": v_view.stride(1),
         "HALF": half,
         "HALF_PAD": power_of_2(half),
         "REST_PAD": power_of_2(max(1, dim - 2 * half)),

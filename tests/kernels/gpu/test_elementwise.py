@@ -110,3 +110,19 @@ def test_page_copies(device: torch.device, pairs: list[tuple[int, int]]) -> None
     attention.copy_pages(expected, expected, pairs, page)
     copy_pages(arena, arena, pairs, page)
     assert torch.equal(arena, expected)
+
+
+def test_heads_may_lie_anywhere(device: torch.device) -> None:
+    """As transformers hands them on: a head's tokens side by side."""
+    case = paged((4,), (6,), (4, 2), (16, 8), device=device)
+    q, k, v = (
+        torch.randn(heads, 4, dim, device=device).transpose(0, 1) for heads, dim in ((4, 16), (2, 16), (2, 8))
+    )
+    expected = case.arena.clone()
+    turn = rotation(4, 8, device)
+    options = (None, None, None, 0.0, turn)
+    want = qkv_post_reference(q, k, v, expected, case.layout, case.batch, *options)
+    got = qkv_post(q, k, v, case.arena, case.layout, case.batch, *options)
+    torch.testing.assert_close(got, want)
+    a, b = (arena.view(torch.float32) for arena in (case.arena, expected))
+    torch.testing.assert_close(a, b, equal_nan=True)
