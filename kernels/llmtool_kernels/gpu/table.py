@@ -64,9 +64,7 @@ _WIDE = {
 def _latent(block_m: int) -> Config:
     """DeepSeek's rows of 512 + 64. More than 32 query heads a tile would not leave registers for the sums; the
     tiles of a group run beside each other, so that what they share comes from L2."""
-    if block_m == 16:
-        return Config(16, 32, 4, 5, 1)
-    return Config(32, 32, 8, 5, 1)
+    return Config(16 if block_m == 16 else 32, 32, 8, 5, 1)
 
 
 def _float32(block_m: int, k_dim: int) -> Config:
