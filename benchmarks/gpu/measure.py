@@ -1,4 +1,4 @@
-"""Timing on a CUDA device by graph replays, and what is written beside the figures. Finds llmtool, too."""
+"""Timing on a CUDA device by graph replays, and what is written beside the figures."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parents[1] / "h200"
-ROOT = Path(__file__).parents[2]
-# A machine with a GPU may have torch and no more: the checkout is then what runs. Imported before llmtool is.
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 Run = Callable[[], object]
 
 

@@ -8,11 +8,15 @@ Runs from a checkout, installed or not, with torch 2.11, triton 3.6 and transfor
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
-import attention
-import decode
-from measure import RESULTS, Budget
+# A machine with a GPU may have torch and no more: the checkout is then what runs.
+sys.path[:0] = [str(Path(__file__).parents[2] / part) for part in (".", "kernels")]
+
+import attention  # noqa: E402
+import decode  # noqa: E402
+from measure import RESULTS, Budget  # noqa: E402
 
 SHARE = 0.45  # of the time for attention; decoding has what is left
 
