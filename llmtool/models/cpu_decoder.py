@@ -75,6 +75,7 @@ class CpuDecoder:
         self._out = torch.empty(0)
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
+        assert all(batch.tree is None for batch in kv.batches), "no operation masks by a tree"
         n = len(input_ids)
         self._prepare(n, kv.layers)
         rotations = [rope(positions) for rope in self._ropes]

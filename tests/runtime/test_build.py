@@ -73,7 +73,7 @@ def test_an_engine_from_settings_serves(tiny: TinyModel, directory: Path) -> Non
     assert info.page_bytes == parts.group.page_bytes
     assert info.host_pages == parts.host_pages == 2**20 // info.page_bytes
     assert info.kv_bytes == parts.executor.store.nbytes  # type: ignore[attr-defined]
-    assert info.weight_bytes == 4 * info.num_parameters
+    assert 4 <= info.weight_bytes / info.num_parameters < 1.1 * 4
     assert info.num_parameters == sum(p.numel() for p in tiny.reference.parameters())
     assert (info.dtype, info.device, info.num_threads) == ("float32", "cpu", 1)
     assert info.tokenizer_dir == str(directory)
