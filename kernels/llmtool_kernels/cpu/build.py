@@ -23,6 +23,9 @@ FLAGS = (
     "-fvisibility=hidden",
     "-Wno-psabi",
 )
+# portable: no instructions of one processor family beyond what the compiler itself picks. emulated: AMX by plain
+# code, to test what surrounds it.
+VARIANTS = {"native": (), "portable": ("-DLLMTOOL_PORTABLE",), "emulated": ("-DLLMTOOL_AMX_EMULATED",)}
 COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -35,15 +38,14 @@ def cache_dir() -> Path:
     return Path(os.environ.get("LLMTOOL_CACHE") or "~/.cache/llmtool").expanduser() / "kernels"
 
 
-def build(portable: bool = False) -> Path:
+def build(variant: str = "native") -> Path:
     """The shared library of csrc/, compiled if the cache lacks it.
 
-    portable: without instructions of one processor family beyond what the compiler itself picks. The cache key
-    covers sources, flags, compiler and processor. The library appears by an atomic rename: several processes may
-    build at once, and each finds a whole file. Raises BuildError.
+    variant: one of VARIANTS. The cache key covers sources, flags, compiler and processor. The library appears by an
+    atomic rename: several processes may build at once, and each finds a whole file. Raises BuildError.
     """
     compiler = find_compiler()
-    flags = (*FLAGS, "-DLLMTOOL_PORTABLE") if portable else FLAGS
+    flags = (*FLAGS, *VARIANTS[variant])
     target = cache_dir() / f"cpu-{_key(compiler, flags)}.so"
     if target.is_file():
         return target

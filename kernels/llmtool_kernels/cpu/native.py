@@ -23,7 +23,7 @@ ELEMENTS = {torch.float32: abi.F32, torch.bfloat16: abi.BF16}
 
 
 class Native:
-    """The kernels' library. isa: "avx512_bf16" or "portable", what its bfloat16 code uses."""
+    """The kernels' library. isa: "amx", "avx512_bf16" or "portable": what its bfloat16 code uses."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         abi.declare(library)
@@ -59,16 +59,16 @@ def kernels() -> Native | None:
     mode = os.environ.get(ENV) or "auto"
     if mode not in MODES:
         raise ValueError(f"{ENV} is {mode!r}; it must be one of {', '.join(MODES)}")
-    return None if mode == "off" else load(mode == "portable")
+    return None if mode == "off" else load("native" if mode == "auto" else mode)
 
 
 @functools.cache
-def load(portable: bool = False) -> Native | None:
+def load(variant: str = "native") -> Native | None:
     """Build and load one variant; None, with a warning, where that cannot be done."""
     try:
         if sys.platform != "linux":
             raise BuildError("they need Linux")
-        return Native(ctypes.CDLL(str(build(portable))))
+        return Native(ctypes.CDLL(str(build(variant))))
     except (BuildError, OSError) as error:
         log.warning("The C++ kernels are not available: %s. PyTorch's own operators serve, slower.", error)
         return None

@@ -1,4 +1,4 @@
-"""Both builds of the C++ kernels. Where there is no compiler these tests have nothing to test, and say so."""
+"""The builds of the C++ kernels. Where there is no compiler these tests have nothing to test, and say so."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from llmtool_kernels.cpu.native import Native, load
 
 
-@pytest.fixture(params=["native", "portable"], scope="session")
+@pytest.fixture(params=["native", "portable", "emulated"], scope="session")
 def native(request: pytest.FixtureRequest) -> Native:
-    kernels = load(request.param == "portable")
+    kernels = load(request.param)
     if kernels is None:
         pytest.skip("no C++ compiler is here, or it cannot build the kernels")
     return kernels

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import platform
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,7 +47,7 @@ def test_built_once_and_again_when_a_source_changes(one_file: Path) -> None:
     first = build()
     stamp = first.stat().st_mtime_ns
     assert build() == first and first.stat().st_mtime_ns == stamp
-    assert build(portable=True) != first
+    assert build("portable") != first
     one_file.write_text('extern "C" int answer() { return 43; }\n')
     assert build() != first
 
@@ -63,6 +65,33 @@ def test_a_failure_says_the_compilers_first_error(one_file: Path) -> None:
     one_file.write_text("int x = ;\n")
     with pytest.raises(BuildError, match=r"failed: .*error: expected"):
         build()
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("march", ["sapphirerapids", "skylake-avx512", "haswell", "x86-64"])
+def test_sources_compile_for_other_processors(march: str, tmp_path: Path) -> None:
+    """Without a warning, whatever the processor; on the first with tiles in them."""
+    if platform.machine() != "x86_64":
+        pytest.skip("the compiler here is for another family of processors")
+    flags = [flag for flag in building.FLAGS if flag != "-march=native"]
+    target = tmp_path / "linear.o"
+    command = [
+        find_compiler(),
+        *flags,
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-maybe-uninitialized",
+        f"-march={march}",
+        "-c",
+    ]
+    source = building.SOURCES / "linear.cpp"
+    done = subprocess.run([*command, str(source), "-o", str(target)], capture_output=True, text=True)
+    if "bad value" in done.stderr:
+        pytest.skip("the compiler is older than these processors")
+    assert done.returncode == 0, done.stderr
+    assert (b"Writer" in target.read_bytes()) and target.stat().st_size > 10_000
 
 
 def test_no_compiler_is_said_once_and_torch_serves(

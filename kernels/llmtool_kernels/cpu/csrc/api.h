@@ -158,5 +158,5 @@ LLMTOOL_EXPORT int64_t llmtool_run(const llmtool::Op *ops, int64_t num_ops, cons
 LLMTOOL_EXPORT void llmtool_pack(int64_t format, const void *src, int64_t n, int64_t k, int64_t gated, void *out,
                                  int64_t threads);
 
-// "avx512_bf16" or "portable": which instructions the bfloat16 kernels were compiled for.
+// "amx", "avx512_bf16" or "portable": which instructions the bfloat16 kernels use here.
 LLMTOOL_EXPORT const char *llmtool_isa();

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "amx.h"
 #include "expand.h"
 #include "gate.h"
 #include "integer.h"
@@ -68,6 +69,34 @@ void for_blocks(int64_t first, int64_t last, F &&f) {
         with_rows(to - from, [&](auto rows) { f(rows, from, b + 1 == blocks); });
     }
 }
+
+#if LLMTOOL_AMX
+
+// The rows of a task that fill tiles; returns the first that does not. 16 rows always go through tiles and fewer
+// never, so that which of them a row goes through depends on the number of rows, and its sum in the last bits.
+int64_t tile_rows(const Linear &op, int64_t first, int64_t last, int64_t panel) {
+    if (op.weight.k % TILE_K || last - first < TILE_ROWS || !tiles_allowed()) return first;
+    const uint16_t *x = static_cast<const uint16_t *>(op.x);
+    const uint16_t *w = reinterpret_cast<const uint16_t *>(panel_data(op.weight, panel));
+    alignas(64) float out[2 * TILE_ROWS][PANEL];
+    Writer write{op, panel};
+    tiles_begin();
+    while (last - first >= TILE_ROWS) {
+        const uint16_t *a = x + first * op.x_stride;
+        int64_t rows = last - first >= 2 * TILE_ROWS ? 2 * TILE_ROWS : TILE_ROWS;
+        if (rows == 2 * TILE_ROWS)
+            tile_product<2 * TILE_ROWS>(a, op.x_stride, w, op.weight.k, out);
+        else
+            tile_product<TILE_ROWS>(a, op.x_stride, w, op.weight.k, out);
+        for (int64_t m = 0; m < rows; m++)
+            write(first + m, load<f32x16>(out[m]), load<f32x16>(out[m] + LANES));
+        first += rows;
+    }
+    tiles_end();
+    return first;
+}
+
+#endif
 
 template <class E>
 void dense_task(const Linear &op, int64_t first, int64_t last, int64_t panel, int64_t next_panel) {
@@ -268,7 +297,13 @@ void linear_task(const Linear &op, int64_t rows, int64_t task, int64_t next, uin
 #endif
     if (quantized) return quantized_task<Float32>(op, first, last, panel);
     int64_t next_panel = next < 0 ? -1 : next % count;
-    if (op.x_type == BF16) return dense_task<Bfloat16>(op, first, last, panel, next_panel);
+    if (op.x_type == BF16) {
+#if LLMTOOL_AMX
+        first = tile_rows(op, first, last, panel);
+        if (first == last) return;
+#endif
+        return dense_task<Bfloat16>(op, first, last, panel, next_panel);
+    }
     dense_task<Float32>(op, first, last, panel, next_panel);
 }
 

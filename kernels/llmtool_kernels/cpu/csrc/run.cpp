@@ -2,6 +2,7 @@
 #include <atomic>
 #include <vector>
 
+#include "amx.h"
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
@@ -114,4 +115,9 @@ void llmtool_pack(int64_t format, const void *src, int64_t n, int64_t k, int64_t
     });
 }
 
-const char *llmtool_isa() { return LLMTOOL_AVX512_BF16 ? "avx512_bf16" : "portable"; }
+const char *llmtool_isa() {
+#if LLMTOOL_AMX
+    if (tiles_allowed()) return "amx";
+#endif
+    return LLMTOOL_AVX512_BF16 ? "avx512_bf16" : "portable";
+}
