@@ -35,6 +35,8 @@ from llmtool.models.weights import (
 )
 from llmtool.modelspec import LayerSpec, ModelSpec, MoESpec
 
+MAX_HEAD = 1024  # llmtool_kernels/cpu/csrc/run.cpp
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -220,6 +222,12 @@ class CpuDecoder:
         if norm is not None:
             y = F.rms_norm(y, (y.shape[1],), norm.float(), self.spec.norms.eps)
         self._residual[: len(y)].add_(y, alpha=self.spec.residual_scale)
+
+
+def can_run(spec: ModelSpec, dtype: torch.dtype) -> bool:
+    """Whether the operations take the model's heads: of at most MAX_HEAD dimensions, in bfloat16 in pairs."""
+    dim = spec.attention.head_dim
+    return spec.attention.latent is not None or (dim <= MAX_HEAD and (dtype == torch.float32 or dim % 2 == 0))
 
 
 def packed(matrix: Matrix) -> PackedLinear:

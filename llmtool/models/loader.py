@@ -8,15 +8,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from llmtool_kernels.cpu.native import kernels, supports
+from llmtool_kernels.cpu.native import kernels, mode, supports
 from llmtool_kernels.cpu.weights import can_pack
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmtool.errors import ModelError
+from llmtool.errors import ModelError, UsageError
 from llmtool.models.bind import QUANTIZATIONS, Binder, bind
 from llmtool.models.checkpoint import Slot, canonical_name, is_ignored, slots
-from llmtool.models.cpu_decoder import CpuDecoder
+from llmtool.models.cpu_decoder import CpuDecoder, can_run
 from llmtool.models.decoder import Decoder, NativeDecoder
 from llmtool.models.dequantise import plain_tensors
 from llmtool.models.weights import DecoderWeights, allocate, fill_random, named_tensors
@@ -44,9 +44,13 @@ def load(
     max_length: tokens of the longest sequence to come, if it is less than the model was made for.
     quantization: int8 or int4 rounds the matrices to so many bits as they come; native families only.
     Peak memory is the fused weights plus the one tensor being copied. Raises ModelError naming every tensor
-    that is missing, unexpected or of the wrong shape.
+    that is missing, unexpected or of the wrong shape, UsageError where LLMTOOL_CPU_KERNELS makes no sense.
     """
     directory = Path(directory)
+    try:
+        mode()
+    except ValueError as error:
+        raise UsageError(f"{error}.") from None
     if not ModelSpec.is_native(directory):
         from llmtool.models.transformers_backend import load_with_transformers  # seconds of imports
 
@@ -70,7 +74,7 @@ def assemble(
 ) -> Decoder:
     """The fastest decoder there is for loaded weights, which it takes over."""
     dtype, device = weights.dtype, weights.norm.device
-    native = kernels() if supports(dtype, device) else None
+    native = kernels() if supports(dtype, device) and can_run(spec, dtype) else None
     bits = None if quantization is None else QUANTIZATIONS[quantization]
     if native is not None and all(
         can_pack(matrix) for _, matrix in named_tensors(weights) if matrix.dim() > 1

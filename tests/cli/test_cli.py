@@ -31,7 +31,7 @@ def test_every_command_has_examples_and_json() -> None:
 def test_settings_file_environment_flags(tmp_path: Path) -> None:
     file = tmp_path / "x.toml"
     file.write_text('port = 1111\nmax-num-seqs = 7\ndtype = "float32"\n')
-    env = {"LLMTOOL_MAX_NUM_SEQS": "9", "LLMTOOL_BLOCK_SIZE": "32"}
+    env = {"LLMTOOL_MAX_NUM_SEQS": "9", "LLMTOOL_BLOCK_SIZE": "32", "LLMTOOL_CPU_KERNELS": "portable"}
     done = llmtool("serve", "--config", str(file), "--block-size", "8", "--print-config", "--json", env=env)
     got = json.loads(done.stdout)
     assert done.returncode == 0

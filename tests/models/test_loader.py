@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llmtool.errors import ModelError
+from llmtool.errors import ModelError, UsageError
 from llmtool.models.checkpoint import slots
 from llmtool.models.decoder import NativeDecoder
 from llmtool.models.loader import load
@@ -95,6 +95,20 @@ def test_bytes_of_the_weights(tiny: Tiny, mode: str, monkeypatch: pytest.MonkeyP
     eight, four = (load(directory, torch.float32, quantization=q).weight_bytes for q in ("int8", "int4"))
     # Without the kernels four bits lie in a byte each.
     assert eight < 0.4 * plain and (four < 0.8 * eight if mode == "auto" else four < 1.1 * eight)
+
+
+def test_a_mode_of_the_kernels_that_there_is_not(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTOOL_CPU_KERNELS", "fast")
+    with pytest.raises(UsageError, match="auto, portable, off"):
+        load(directory, torch.float32)
+
+
+def test_heads_that_the_kernels_do_not_take(tiny: Tiny, tmp_path: Path) -> None:
+    config = json.loads((tiny("llama")[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 1026, "num_hidden_layers": 1}))
+    model = load(tmp_path, torch.float32, load_format="dummy")
+    (logits,) = PagedSequences(model, num_pages=4).step({"a": [1, 2, 3]})
+    assert logits.isfinite().all()
 
 
 def test_directories_without_readable_weights(directory: Path) -> None:

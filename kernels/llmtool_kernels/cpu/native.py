@@ -52,14 +52,20 @@ class Native:
 
 
 def kernels() -> Native | None:
-    """The kernels of this process, or None where torch has to serve; the log says why, once.
+    """The kernels of this process, or None where torch has to serve; the log says why, once."""
+    chosen = mode()
+    return None if chosen == "off" else load("native" if chosen == "auto" else chosen)
 
-    LLMTOOL_CPU_KERNELS: auto (the default), portable (no instructions of one processor family), or off.
+
+def mode() -> str:
+    """LLMTOOL_CPU_KERNELS: auto (the default), portable (no instructions of one processor family), or off.
+
+    Raises ValueError for anything else.
     """
-    mode = os.environ.get(ENV) or "auto"
-    if mode not in MODES:
-        raise ValueError(f"{ENV} is {mode!r}; it must be one of {', '.join(MODES)}")
-    return None if mode == "off" else load("native" if mode == "auto" else mode)
+    chosen = os.environ.get(ENV) or "auto"
+    if chosen not in MODES:
+        raise ValueError(f"{ENV} is {chosen!r}; it must be one of {', '.join(MODES)}")
+    return chosen
 
 
 @functools.cache
