@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from llmtool_kernels.attention import KVLayout, copy_pages
@@ -69,6 +70,7 @@ def _arena(nbytes: int, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         memory = mmap.mmap(-1, nbytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # a layer's KV of a page is short: most reads would miss the TLB
-            memory.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # a kernel without huge pages
+                memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.uint8)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import mmap
 import resource
 
+import pytest
 import torch
 
 from llmtool.core.memory.geometry import UNIT, LayerCacheSpec, uniform_group
@@ -61,3 +63,12 @@ def test_memory_on_a_cpu_is_zero_and_taken_only_when_written() -> None:
     assert not store.arena[-4096:].any()
     store.arena[:4096] = 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Plain(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(mmap, "mmap", Plain)
+    assert not KVStore(GROUP, num_pages=2).arena.any()
