@@ -34,8 +34,11 @@ class BuildError(Exception):
 
 
 def cache_dir() -> Path:
-    """LLMTOOL_CACHE or ~/.cache/llmtool, in it kernels/."""
-    return Path(os.environ.get("LLMTOOL_CACHE") or "~/.cache/llmtool").expanduser() / "kernels"
+    """LLMTOOL_CACHE or ~/.cache/llmtool, in it kernels/. Raises BuildError for a user without a home."""
+    try:
+        return Path(os.environ.get("LLMTOOL_CACHE") or "~/.cache/llmtool").expanduser() / "kernels"
+    except RuntimeError:
+        raise BuildError("there is no home directory, and LLMTOOL_CACHE is not set") from None
 
 
 def build(variant: str = "native") -> Path:

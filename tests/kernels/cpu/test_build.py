@@ -134,3 +134,19 @@ def test_the_processor_is_part_of_the_key(tmp_path: Path) -> None:
     cpuinfo.write_text("model name\t: A\ncpu MHz\t: 3000\nflags\t: sse avx2\n\nmodel name\t: B\n")
     assert building.processor(cpuinfo) == "model name\t: A\nflags\t: sse avx2"
     assert building.processor(tmp_path / "absent") == ""
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def homeless(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("LLMTOOL_CACHE")
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr(building, "find_compiler", lambda: "c++")
+    monkeypatch.setattr(building, "_key", lambda *_: "key")
+    native.load.cache_clear()
+    try:
+        assert native.kernels() is None
+    finally:
+        native.load.cache_clear()
+    assert "LLMTOOL_CACHE" in caplog.text
