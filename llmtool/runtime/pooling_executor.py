@@ -107,6 +107,8 @@ def build_pooling(config: EngineConfig, directory: Path, progress: Progress) -> 
     """Load the encoder in `directory` and warm up. Raises ModelError, UsageError."""
     if config.step_log is not None:
         raise UsageError("Steps of an encoder are not recorded.", "Leave out --step-log.")
+    if config.quantization is not None:
+        raise UsageError("Weights of an encoder are not quantized.", "Leave out --quantization.")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     num_threads = set_threads(config.num_threads)

@@ -144,6 +144,8 @@ def test_limits_of_settings(tmp_path: Path) -> None:
         parts_of(tmp_path, max_model_len=198, max_num_batched_tokens=100)
     with pytest.raises(UsageError, match="step-log"):
         parts_of(tmp_path, step_log=str(tmp_path / "steps"))
+    with pytest.raises(UsageError, match="--quantization"):
+        parts_of(tmp_path, quantization="int8")
 
 
 def test_a_sequence_that_fails_ends_alone(tmp_path: Path) -> None:
