@@ -141,3 +141,13 @@ def test_quantizing_finds_the_nearest_levels(bits: int) -> None:
 def test_the_gate_reference_is_what_models_use() -> None:
     x = torch.randn(4, 12)
     torch.testing.assert_close(join_reference(x, Gate()), F.silu(x[:, :6]) * x[:, 6:])
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("form", FORMATS)
+def test_what_is_not_a_number_stays_none(native: Native, form: str, rows: int) -> None:
+    """One NaN among a row's activations: its outputs are NaN, and no other row's."""
+    linear, x = PackedLinear(make(native, form, 40, 96), native), inputs(rows, 96, form)
+    x[-1, 3] = float("nan")
+    y = linear(x)
+    assert y[-1].isnan().all() and y[:-1].isfinite().all()

@@ -22,11 +22,12 @@ LLMTOOL_INLINE __m512i dot_pairs(__m512i acc, __m512i a, __m512i b) {
     return acc;
 }
 
-// `count` values, a multiple of 8, into int16. Returns what a step of them is worth.
+// `count` values, a multiple of 8, into int16. Returns what a step of them is worth, NaN if one is not finite.
 LLMTOOL_INLINE float round_group(const uint16_t *x, int64_t count, int16_t *q) {
-    f32x16 top = {};
+    f32x16 top = {}, wrong = {};
     for (int64_t i = 0; i < count; i += LANES) {
         f32x16 v = load_lanes(x + i, count - i < LANES ? count - i : LANES);
+        wrong += v * 0.0f;  // what is no number has no integer, and must not turn into one
         top = max(top, max(v, -v));
     }
     const float largest = reduce_max(top), inverse = largest > 0 ? 32767.0f / largest : 0.0f;
@@ -36,7 +37,7 @@ LLMTOOL_INLINE float round_group(const uint16_t *x, int64_t count, int16_t *q) {
         __m256i rounded = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v));
         std::memcpy(q + i, &rounded, lanes * sizeof(int16_t));
     }
-    return largest / 32767.0f;
+    return largest / 32767.0f + reduce_add(wrong);
 }
 
 // Panels of int16, for tile(): the accumulators are int32.

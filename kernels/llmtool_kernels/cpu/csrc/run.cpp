@@ -39,7 +39,11 @@ bool valid(const Op &op) {
     switch (op.kind) {
         case LINEAR: return linear_valid(op.linear);
         case QKV_POST: return op.qkv_post.k_dim <= MAX_HEAD && arranged(op.qkv_post);
-        case ATTENTION: return arranged(op.attention) && !(op.attention.latent && op.attention.arrangement == TILES);
+        case ATTENTION: {
+            const Attention &a = op.attention;
+            if (a.heads % a.kv_heads != 0 || (a.type == BF16 && a.k_dim % 2 != 0)) return false;
+            return arranged(a) && !(a.latent && a.arrangement == TILES);
+        }
         case RMS_NORM: return !op.rms_norm.add || op.rms_norm.out_type == F32;
         case EMBED: case SELECT: case JOIN_GATE: case WRITE_KV: return true;
         default: return false;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <system_error>
 #include <thread>
 
 namespace llmtool {
@@ -110,8 +111,12 @@ void Team::Job::work(int64_t thread) {
 }
 
 void Team::run_job(const std::vector<int64_t> &tasks, int64_t threads, Call call, void *body) {
-    for (; num_helpers_ < threads - 1; num_helpers_++)
-        std::thread([this, thread = num_helpers_ + 1] { help(thread); }).detach();
+    try {
+        for (; num_helpers_ < threads - 1; num_helpers_++)
+            std::thread([this, thread = num_helpers_ + 1] { help(thread); }).detach();
+    } catch (const std::system_error &) {
+        // A limit of threads or memory: the threads there are take the others' tasks too.
+    }
     Job *job = free_job();
     job->num_phases = int64_t(tasks.size());
     if (job->num_phases > job->capacity) {

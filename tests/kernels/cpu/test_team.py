@@ -1,0 +1,48 @@
+"""The team of threads where threads are not to be had."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import torch
+from llmtool_kernels.cpu.linear import PackedLinear
+from llmtool_kernels.cpu.native import Native
+from llmtool_kernels.cpu.weights import pack
+
+NO_THREADS = """
+import resource, sys
+import torch
+from llmtool_kernels.cpu.linear import PackedLinear
+from llmtool_kernels.cpu.native import load
+from llmtool_kernels.cpu.weights import pack
+
+native = load(sys.argv[1] == "portable")
+torch.set_num_threads(1)
+linear = PackedLinear(pack(torch.ones(256, 8), native), native)
+x, out = torch.ones(4, 8), torch.zeros(4, 256)
+torch.set_num_threads(4)
+with open("/proc/self/statm") as f:
+    pages = int(f.read().split()[0])
+limit = pages * resource.getpagesize() + (2 << 20)  # less than a thread's stack
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+linear.add_to(x, out)
+assert (out == 8).all()
+"""
+
+
+def test_a_limit_of_threads_is_no_end(native: Native) -> None:
+    variant = "portable" if native.isa == "portable" else "auto"
+    done = subprocess.run([sys.executable, "-c", NO_THREADS, variant], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_forked_process_works_alone(native: Native, threads: int) -> None:
+    weight, x = torch.randn(256, 8), torch.randn(4, 8)
+    linear = PackedLinear(pack(weight, native), native)
+    expected = linear(x)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if torch.equal(linear(x), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
