@@ -17,9 +17,11 @@
 namespace llmtool {
 
 // acc + the products of pairs. In assembly, since GCC 12 copies the accumulator before and after the intrinsic.
-LLMTOOL_INLINE __m512i dot_pairs(__m512i acc, __m512i a, __m512i b) {
-    asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-    return acc;
+// Its type is not the intrinsics', which may alias anything and so is kept in memory.
+LLMTOOL_INLINE i32x16 dot_pairs(i32x16 acc, __m512i a, __m512i b) {
+    __m512i sum = bits<__m512i>(acc);
+    asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return bits<i32x16>(sum);
 }
 
 // `count` values, a multiple of 8, into int16. Returns what a step of them is worth, NaN if one is not finite.
@@ -42,8 +44,9 @@ LLMTOOL_INLINE float round_group(const uint16_t *x, int64_t count, int16_t *q) {
 
 // Panels of int16, for tile(): the accumulators are int32.
 struct Int16 {
+    static constexpr int MOST_ROWS = 7;  // GCC 12 keeps the sums of more in memory
     using T = int16_t;
-    using Sum = __m512i;
+    using Sum = i32x16;
     static constexpr int KU = 2;
     using Line = __m512i;
     using Scalar = __m512i;
@@ -72,7 +75,7 @@ LLMTOOL_INLINE void expand(int64_t format, const uint8_t *q, int64_t k, int16_t 
 }
 
 template <int ROWS>
-using IntegerSums = __m512i[ROWS][2];
+using IntegerSums = i32x16[ROWS][2];
 
 // What one line of 32 int16 weights, 16 columns of two k, adds.
 template <int ROWS>

@@ -60,10 +60,10 @@ struct Writer {
     }
 };
 
-// Rows [first, last) in blocks of at most MAX_TILE_ROWS, as equal as can be.
-template <class F>
+// Rows [first, last) in blocks of at most MOST, as equal as can be.
+template <int MOST = MAX_TILE_ROWS, class F>
 void for_blocks(int64_t first, int64_t last, F &&f) {
-    int64_t blocks = (last - first + MAX_TILE_ROWS - 1) / MAX_TILE_ROWS;
+    int64_t blocks = (last - first + MOST - 1) / MOST;
     for (int64_t b = 0; b < blocks; b++) {
         int64_t from = first + (last - first) * b / blocks, to = first + (last - first) * (b + 1) / blocks;
         with_rows(to - from, [&](auto rows) { f(rows, from, b + 1 == blocks); });
@@ -136,8 +136,8 @@ void grouped_task(const Linear &op, int64_t first, int64_t last, int64_t panel, 
         for (int64_t i = 0; i < packed_bytes(w.format, w.group); i += 64) prefetch(packed + FETCH_AHEAD + i);
         expand(w.format, packed, w.group, group);
         f32x16 scale0 = load_f32(scales), scale1 = load_f32(scales + LANES);
-        for_blocks(0, last - first, [&](auto rows, int64_t row, bool) {
-            constexpr int ROWS = decltype(rows)::value;
+        for_blocks<E::MOST_ROWS>(0, last - first, [&](auto rows, int64_t row, bool) {
+            constexpr int ROWS = std::min(decltype(rows)::value, E::MOST_ROWS);
             Accumulators<E, ROWS> acc = {};
             tile<E, ROWS>(x + row * lda + g * w.group, lda, group, w.group / E::KU, acc, NoFetch());
             for (int m = 0; m < ROWS; m++) {
@@ -203,7 +203,7 @@ void integer_rows(const Linear &op, const RoundedRows &x, int64_t first, int64_t
         for (int half = 0; half < 2; half++) {
             f32x16 scale = load_f32(scales + g * PANEL + half * LANES);
             for (int m = 0; m < ROWS; m++)
-                sums[m][half] += bits<f32x16>(_mm512_cvtepi32_ps(acc[m][half])) * (scale * x.scales()[m * groups + g]);
+                sums[m][half] += __builtin_convertvector(acc[m][half], f32x16) * (scale * x.scales()[m * groups + g]);
         }
     }
     Writer write{op, panel};
@@ -224,9 +224,8 @@ void integer_task(const Linear &op, int64_t first, int64_t last, int64_t panel, 
     }
     const int64_t groups = op.weight.k / op.weight.group;
     grouped_task<Int16>(op, first, last, panel, x.q(), op.weight.k,
-                        [&](int64_t row, int64_t group, __m512i sum, f32x16 scale) {
-                            f32x16 value = bits<f32x16>(_mm512_cvtepi32_ps(sum));
-                            return value * (scale * x.scales()[row * groups + group]);
+                        [&](int64_t row, int64_t group, i32x16 sum, f32x16 scale) {
+                            return __builtin_convertvector(sum, f32x16) * (scale * x.scales()[row * groups + group]);
                         });
 }
 

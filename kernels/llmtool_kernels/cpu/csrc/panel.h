@@ -15,6 +15,7 @@ constexpr int PANEL = 2 * LANES;
 constexpr int MAX_TILE_ROWS = 12;  // 24 accumulators, 2 panel lines and a broadcast fit 32 registers
 
 struct Float32 {
+    static constexpr int MOST_ROWS = MAX_TILE_ROWS;
     using T = float;
     static constexpr int KU = 1;
     using Sum = f32x16;
@@ -26,6 +27,7 @@ struct Float32 {
 };
 
 struct Bfloat16 {
+    static constexpr int MOST_ROWS = MAX_TILE_ROWS;
     using T = uint16_t;
     using Sum = f32x16;
     static constexpr int KU = 2;
@@ -61,21 +63,58 @@ struct NoFetch {
     void operator()(int64_t) const {}
 };
 
+// The rows of a product's left side, one unit after the other. Five rows share a pointer: addresses of the form pointer
+// + stride * {0, 1, 2, 3, 4} cost an instruction nothing, while a pointer for each row would need more registers
+// than there are. The empty statement keeps the compiler from making them all the same.
+template <class E, int ROWS>
+class UnitRows {
+    using T = typename E::T;
+
+  public:
+    LLMTOOL_INLINE_MEMBER UnitRows(const T *a, int64_t lda) : lda_(lda), lda3_(3 * lda) {
+        for (int i = 0; i < POINTERS; i++) pointer_[i] = a + 5 * i * lda;
+    }
+    LLMTOOL_INLINE_MEMBER void next() {
+#pragma GCC unroll 4
+        for (int i = 0; i < POINTERS; i++) {
+            pointer_[i] += E::KU;
+            asm("" : "+r"(pointer_[i]));
+        }
+    }
+    LLMTOOL_INLINE_MEMBER typename E::Scalar operator[](int m) const {
+        const T *p = pointer_[m / 5];
+        return E::scalar(m % 5 == 3 ? p + lda3_ : p + m % 5 * lda_);
+    }
+
+  private:
+    static constexpr int POINTERS = (ROWS + 4) / 5;
+    const T *pointer_[POINTERS];
+    const int64_t lda_, lda3_;
+};
+
+// acc[m] += what one unit adds, for its two lines of 16 columns.
+template <class E, int ROWS>
+LLMTOOL_INLINE void add_unit(const UnitRows<E, ROWS> &rows, typename E::Line w0, typename E::Line w1,
+                             Accumulators<E, ROWS> &acc) {
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; m++) {
+        typename E::Scalar x = rows[m];
+        acc[m][0] = E::mac(acc[m][0], x, w0);
+        acc[m][1] = E::mac(acc[m][1], x, w1);
+    }
+}
+
 // acc[m] += sum over `units` of a[m, k] * panel[k, 0:32]. a: rows of E with stride lda. The panel's two lines of a unit
 // are at left and right, those of the next unit `stride` elements on. fetch(unit) is called for every unit, to bring
 // two lines of what comes next into the cache: as many as a unit has.
 template <class E, int ROWS, class Fetch>
 LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *left, const typename E::T *right,
                          int64_t stride, int64_t units, Accumulators<E, ROWS> &acc, Fetch &&fetch) {
-    for (int64_t u = 0; u < units; u++) {
+    UnitRows<E, ROWS> rows(a, lda);
+    for (int64_t u = 0; u < units; u++, rows.next()) {
         typename E::Line w0 = E::line(left + u * stride), w1 = E::line(right + u * stride);
         fetch(u);
-#pragma GCC unroll 16
-        for (int m = 0; m < ROWS; m++) {
-            typename E::Scalar x = E::scalar(a + m * lda + u * E::KU);
-            acc[m][0] = E::mac(acc[m][0], x, w0);
-            acc[m][1] = E::mac(acc[m][1], x, w1);
-        }
+        add_unit<E, ROWS>(rows, w0, w1, acc);
     }
 }
 
@@ -84,7 +123,12 @@ template <class E, int ROWS, class Fetch>
 LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *panel, int64_t units,
                          Accumulators<E, ROWS> &acc, Fetch &&fetch) {
     constexpr int LINE = LANES * E::KU;
-    tile<E, ROWS>(a, lda, panel, panel + LINE, 2 * LINE, units, acc, fetch);
+    UnitRows<E, ROWS> rows(a, lda);
+    for (int64_t u = 0; u < units; u++, rows.next()) {
+        typename E::Line w0 = E::line(panel + u * 2 * LINE), w1 = E::line(panel + u * 2 * LINE + LINE);
+        fetch(u);
+        add_unit<E, ROWS>(rows, w0, w1, acc);
+    }
 }
 
 // The same for units that lie anywhere, each `offset` elements from its pointer.
@@ -92,15 +136,11 @@ template <class E, int ROWS, class Fetch>
 LLMTOOL_INLINE void tile(const typename E::T *a, int64_t lda, const typename E::T *const *panel, int64_t offset,
                          int64_t units, Accumulators<E, ROWS> &acc, Fetch &&fetch) {
     constexpr int LINE = LANES * E::KU;
-    for (int64_t u = 0; u < units; u++) {
+    UnitRows<E, ROWS> rows(a, lda);
+    for (int64_t u = 0; u < units; u++, rows.next()) {
         typename E::Line w0 = E::line(panel[u] + offset), w1 = E::line(panel[u] + offset + LINE);
         fetch(u);
-#pragma GCC unroll 16
-        for (int m = 0; m < ROWS; m++) {
-            typename E::Scalar x = E::scalar(a + m * lda + u * E::KU);
-            acc[m][0] = E::mac(acc[m][0], x, w0);
-            acc[m][1] = E::mac(acc[m][1], x, w1);
-        }
+        add_unit<E, ROWS>(rows, w0, w1, acc);
     }
 }
 

@@ -12,6 +12,7 @@
 #endif
 
 #define LLMTOOL_INLINE static inline __attribute__((always_inline))
+#define LLMTOOL_INLINE_MEMBER inline __attribute__((always_inline))
 
 namespace llmtool {
 
