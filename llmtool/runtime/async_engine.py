@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 from llmtool.config import EngineConfig
@@ -28,17 +29,16 @@ TORCH_FACTORY = "llmtool.runtime.build:build"
 
 
 @contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+def _holding_signals() -> Iterator[None]:
+    """SIGINT and SIGTERM wait until the end of the block; processes that it starts inherit the mask. Were they
+    ignored instead, one that comes meanwhile would be lost, and with it the wish to stop.
+    """
+    resource_tracker.ensure_running()  # its start, in the block, would lift the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, engine_process.STOP_SIGNALS)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if handler is not None:  # None: installed by something that is not Python
-                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class RequestStream:
@@ -118,7 +118,7 @@ class AsyncEngine:
         self._process = context.Process(
             target=engine_process.main, args=(theirs, config, factory), name="llmtool-engine", daemon=True
         )
-        with _ignoring_interrupts():  # inherited: Ctrl-C during its imports is not the child's business
+        with _holding_signals():  # Ctrl-C during its imports is not the child's business
             self._process.start()
         theirs.close()
         # Writing has its own thread too: a full pipe to an engine in the middle of a step must not stop the loop.

@@ -29,6 +29,7 @@ from llmtool.core.steplog import StepLogWriter
 from llmtool.errors import EngineDead, LLMToolError, UsageError
 from llmtool.runtime.parts import EngineParts, PoolingParts
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent's business, also when the whole group gets them
 PAUSE = 0.5  # seconds without a request before the engine gets ready what only some requests need
 QUIET = 5.0  # the same, before it checks itself
 COMMANDS_PER_STEP = 256
@@ -45,8 +46,9 @@ Message = tuple[Any, ...]
 
 def main(connection: Connection, config: EngineConfig, factory: str) -> None:
     """Entry of the process. factory: "module:function", an EngineFactory."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # also when the whole process group is told to stop
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the parent held them until here
     log_file = None
     try:
         started = time.monotonic()

@@ -35,7 +35,13 @@ def test_an_unknown_model(client: openai.OpenAI, server: RunningServer) -> None:
 
 def test_an_unknown_path(server: RunningServer) -> None:
     with pytest.raises(openai.NotFoundError):
-        openai_client(server).embeddings.create(model=server.model, input="x")
+        openai_client(server).moderations.create(model=server.model, input="x")
+
+
+def test_a_decoder_has_no_embeddings(client: openai.OpenAI, server: RunningServer) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.embeddings.create(model=server.model, input="x")
+    assert "generates text" in caught.value.message
 
 
 def test_what_can_never_fit(client: openai.OpenAI, server: RunningServer) -> None:

@@ -65,7 +65,10 @@ def test_a_signal_while_loading_ends_it() -> None:
         ) as process:
             time.sleep(1.0)
             process.send_signal(number)
-            out, err = process.communicate(timeout=20)
+            try:
+                out, err = process.communicate(timeout=20)
+            finally:
+                process.kill()  # one that did not hear it would be waited for without end
             assert process.returncode in (130, -number, 0, 128 + number), err
             assert out == "" and "Traceback" not in err, err
 

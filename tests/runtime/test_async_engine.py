@@ -1,6 +1,7 @@
 """The engine's process and its asyncio side, with an engine that has no model."""
 
 import asyncio
+import multiprocessing.context
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -221,6 +222,35 @@ def test_a_model_that_cannot_be_loaded() -> None:
         assert caught.value.remedy == "Give another one."
 
     run(body)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_process_starts_is_kept(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reaches the parent's handler, and not the child, which it would end during its imports."""
+    start = multiprocessing.context.SpawnProcess.start
+    heard: list[int] = []
+
+    def interrupted(process: multiprocessing.context.SpawnProcess) -> None:
+        os.kill(os.getpid(), number)
+        start(process)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+
+    async def body() -> None:
+        async with started() as engine:
+            stream = await engine.add("r", [1], SamplingParams(max_tokens=3))
+            assert len((await tokens_of(stream))[0]) == 3
+
+    monkeypatch.setattr(multiprocessing.context.SpawnProcess, "start", interrupted)
+    before = signal.signal(number, lambda number, frame: heard.append(number))
+    try:
+        run(body)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+    finally:
+        signal.signal(number, before)
+    assert heard == [number]
 
 
 def test_closing_is_not_dying() -> None:
