@@ -10,7 +10,7 @@ demo: $(DEMO)/bench.json  ## Serve the embedded model, bench it, print a table
 	$(BIN)/llmtool bench --show $<
 	@echo "Report: $(DEMO)/bench.html"
 
-$(DEMO)/bench.json: $(STAMP) $(shell find llmtool kernels -name '*.py')
+$(DEMO)/bench.json: $(STAMP) $(shell find llmtool kernels -name '*.py' -o -path '*/csrc/*.*')
 	@mkdir -p $(DEMO)
 	recipes/with-server.sh $(DEMO)/server.log $(BIN)/llmtool serve -- \
 		$(BIN)/llmtool bench $(DEMO_FLAGS) \
