@@ -55,6 +55,15 @@ def test_help_answers_within_half_a_second() -> None:
 
 @pytest.mark.usefixtures("model_dir")
 def test_a_signal_while_loading_ends_it() -> None:
+    # A shell starts what runs in its background with SIGINT ignored, which the server would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signals_end_it()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def signals_end_it() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with subprocess.Popen(
             [LLMTOOL, "serve", "--port", "0"],
