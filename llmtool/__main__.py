@@ -1,6 +1,17 @@
-"""`python -m llmtool`."""
+"""The `llmtool` command, and `python -m llmtool`."""
 
-from llmtool.cli.app import main
+import sys
+
+
+def main() -> None:
+    """Entry point. Imports come inside, so that an interrupt during them ends the command like any other."""
+    try:
+        from llmtool.cli.app import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

@@ -41,5 +41,5 @@ app.command()(bench)
 
 
 def main() -> None:
-    """Entry point of the `llmtool` command."""
+    """Run the command line of this process."""
     app()

@@ -110,3 +110,15 @@ def test_the_key_is_not_shown_and_its_mask_is_no_key(tmp_path: Path) -> None:
     file.write_text(done.stdout)
     again = llmtool("serve", "--config", str(file))
     assert again.returncode == 2 and "LLMTOOL_API_KEY" in again.stderr and again.stdout == ""
+
+
+def test_an_interrupt_while_importing_ends_quietly(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "llmtool", "--help"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
