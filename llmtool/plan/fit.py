@@ -1,0 +1,76 @@
+"""Fitting an engine's constants to measured runs: maximum a posteriori, from a profile as the prior.
+
+A bench run says little about each constant alone, so each may leave its prior only as far as the run makes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmtool.sim.engines import EngineProfile
+from llmtool.sim.simulate import SimResult
+
+# Standard deviation of the logarithm of each constant before anything is measured.
+PRIORS: Mapping[str, float] = {
+    "host_step": 0.5,
+    "host_seq": 1.0,
+    "compute": 0.15,
+    "memory": 0.07,
+    "network": 0.3,
+    "request": 0.7,
+}
+# Standard deviation of a measured figure's logarithm. TTFT also hangs on the client.
+SIGMAS: Mapping[str, float] = {"tpot": 0.015, "ttft": 0.06, "e2el": 0.02, "throughput": 0.02}
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """simulate: the run under a profile. measured: figures in milliseconds (ttft, tpot, e2el: means; tpot_tokens:
+    mean over tokens instead of requests) or output tokens per second (throughput)."""
+
+    simulate: Callable[[EngineProfile], SimResult]
+    measured: Mapping[str, float]
+
+
+def figure(result: SimResult, name: str) -> float:
+    if name == "throughput":
+        return result.output_throughput
+    if name == "tpot_tokens":
+        tokens = sum(f.output_tokens for f in result.finished)
+        return sum(f.finished - f.first_token for f in result.finished) / tokens * 1e3
+    return result.statistic(name, None)
+
+
+def fit_engine(
+    base: EngineProfile,
+    observations: Sequence[Observation],
+    constants: Sequence[str] = tuple(PRIORS),
+    evaluations: int = 8,
+) -> EngineProfile:
+    """The profile that makes the observations most likely. constants: those that may change."""
+    from scipy.optimize import least_squares
+
+    start = np.array([max(getattr(base, name), 1e-7) for name in constants])
+    widths = np.array([PRIORS[name] for name in constants])
+
+    def profile(x: NDArray[np.float64]) -> EngineProfile:
+        values = start * np.exp(x * widths)
+        return replace(base, **{n: float(v) for n, v in zip(constants, values, strict=True)})
+
+    def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        engine, out = profile(x), []
+        for o in observations:
+            result = o.simulate(engine)
+            for name, value in o.measured.items():
+                sigma = SIGMAS[name.removesuffix("_tokens")]
+                out.append(np.log(max(figure(result, name), 1e-9) / value) / sigma)
+        return np.array([*out, *x])
+
+    found = least_squares(
+        residuals, np.zeros(len(start)), bounds=(-3.0, 3.0), diff_step=0.05, x_scale=1.0, max_nfev=evaluations
+    )
+    return profile(found.x)

@@ -1,0 +1,275 @@
+"""One engine of a deployment on a virtual clock: the scheduler and allocator of `serve`, with PlanCost for kernels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llmtool.config import SchedulerConfig
+from llmtool.core.engine import Engine
+from llmtool.core.macro import advance, quiet_steps
+from llmtool.core.memory.uniform import UniformAllocator
+from llmtool.core.ports import SchedulerOutput, StepResult, VirtualClock
+from llmtool.core.request import SamplingParams, SequenceOutput
+from llmtool.core.scheduler import Scheduler
+from llmtool.core.stats import EngineStats
+from llmtool.errors import InfeasibleError
+from llmtool.sim.deployment import Deployment
+from llmtool.sim.memory import DeviceMemory
+from llmtool.sim.stepcost import Batch, PlanCost
+
+TOKEN = 1  # what every sequence says
+_MACRO = 4096  # quiet steps taken in one call at most
+
+
+@dataclass(frozen=True, slots=True)
+class SimRequest:
+    """at: seconds after the start. prompt: tokens, ids for the prefix cache; output: tokens to generate. prefilled:
+    the prompt's KV comes from elsewhere, and costs nothing to have."""
+
+    id: str
+    at: float
+    prompt: Sequence[int]
+    output: int
+
+
+@dataclass(slots=True)
+class Finished:
+    """Moments of one request on the simulation's clock, seconds."""
+
+    id: str
+    arrival: float
+    first_scheduled: float
+    first_token: float
+    finished: float
+    prompt_tokens: int
+    output_tokens: int
+    cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class StepTotals:
+    """What an engine has done: for utilisation, and for the timeline."""
+
+    steps: int = 0
+    busy: float = 0.0
+    decodes: int = 0  # sequence-steps with one token
+    decode_context: int = 0
+    prompt_tokens: int = 0
+    prompt_pairs: float = 0.0  # (query, key) pairs of prompt chunks
+    prompt_steps: int = 0
+    timeline: list[tuple[float, float, int, int, int]] = field(default_factory=list)
+
+
+class PlanExecutor:
+    """Steps take what PlanCost says; in a pipeline a step enters a stage when the step before it has left.
+
+    record: keep (start, seconds, decoding sequences, prompt tokens, steps) of every step. prefilled: prompts of
+    sequences seen for the first time cost nothing (decode engines of a disaggregated plan).
+    """
+
+    def __init__(
+        self, cost: PlanCost, clock: VirtualClock, record: bool = False, prefilled: bool = False
+    ) -> None:
+        self.max_in_flight = cost.deployment.plan.pp
+        self.totals = StepTotals()
+        self.last: Batch | None = None
+        self._cost = cost
+        self._clock = clock
+        self._record = record
+        self._prefilled = prefilled
+        self._free = [0.0] * self.max_in_flight  # when each stage can take the next step
+        self._done = 0.0
+        self._queue: deque[tuple[StepResult, float]] = deque()
+        self._arrived: dict[str, bool] = {}
+
+    def submit(self, out: SchedulerOutput) -> None:
+        for new in out.new:
+            self._arrived[new.id] = new.id not in self._arrived and self._prefilled
+        batch, tokens = Batch(), []
+        for entry in out.scheduled:
+            end = entry.start + entry.num_tokens
+            if entry.num_tokens == 1 and entry.start:
+                batch.decodes += 1
+                batch.decode_context += end
+            elif self._prefilled and self._arrived.get(entry.id):
+                self._arrived[entry.id] = not entry.sample
+            else:
+                batch.chunks.append((entry.num_tokens, entry.start))
+            batch.samples += entry.sample
+            tokens.append([TOKEN] if entry.sample else [])
+        self.last = batch
+        done = self._run(batch) if out.scheduled else max(self._done, self._clock.now())
+        self._queue.append((StepResult(out.step_id, tokens), done))
+
+    def _run(self, batch: Batch) -> float:
+        """The moment the step's result is there."""
+        cost = self._cost
+        now = start = self._clock.now()
+        if self.max_in_flight == 1:
+            done = now + cost.seconds(batch)
+        else:
+            for stage, free in enumerate(self._free):
+                start = max(start, free)
+                start = self._free[stage] = start + cost.stage_seconds(stage, batch)
+            done = start + cost.host(batch.decodes + len(batch.chunks))
+        prompt = batch.tokens - batch.decodes
+        self._count(now, done, batch, prompt)
+        self._done = done
+        return done
+
+    def _count(self, now: float, done: float, batch: Batch, prompt: int) -> None:
+        t = self.totals
+        t.steps += 1
+        t.busy += done - max(now, self._done)
+        t.decodes += batch.decodes
+        t.decode_context += batch.decode_context
+        if prompt:
+            t.prompt_steps += 1
+            t.prompt_tokens += prompt
+            t.prompt_pairs += sum(c * (s + (c + 1) / 2) for c, s in batch.chunks)
+        if self._record:
+            t.timeline.append((now, done - now, batch.decodes, prompt, 1))
+
+    def collect(self) -> StepResult:
+        result, done = self._queue.popleft()
+        result.seconds = max(0.0, done - self._clock.now())
+        return result
+
+    def quiet(self, n: int, context: int, durations: list[float]) -> None:
+        """Steps that were not submitted one by one."""
+        t, steps, total = self.totals, len(durations), sum(durations)
+        t.steps += steps
+        t.busy += total
+        t.decodes += n * steps
+        t.decode_context += context * steps + n * steps * (steps - 1) // 2
+        if self._record:
+            t.timeline.append((self._clock.now(), total, n, 0, steps))
+
+
+class Replica:
+    """memory: of device_memory. macro: take quiet steps many at once (the outcome is the same)."""
+
+    def __init__(
+        self,
+        cost: PlanCost,
+        memory: DeviceMemory,
+        macro: bool = True,
+        record: bool = False,
+        prefilled: bool = False,
+    ) -> None:
+        d: Deployment = cost.deployment
+        if memory.tokens < d.max_len:
+            raise InfeasibleError(
+                f"{d.plan}: KV memory holds {memory.tokens} tokens, and a sequence may have {d.max_len}."
+            )
+        self._allocator = UniformAllocator(memory.group, memory.pages, prefix_caching=d.prefix_caching)
+        budget = max(d.budget, d.max_seqs)
+        if prefilled:
+            budget = max(budget, 16 * d.max_len)
+        config = SchedulerConfig(d.max_seqs, budget, d.max_len, 10**9)
+        self.clock = VirtualClock()
+        self._cost = cost
+        self._macro = macro and d.plan.pp == 1
+        self._executor = PlanExecutor(cost, self.clock, record, prefilled)
+        self.engine = Engine(Scheduler(config, self._allocator), self._executor, self.clock)
+        self._pending: deque[SimRequest] = deque()
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self.finished: list[Finished] = []
+        self.peak_running = 0
+
+    @property
+    def load(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def totals(self) -> StepTotals:
+        return self._executor.totals
+
+    @property
+    def stats(self) -> EngineStats:
+        return self.engine.scheduler.stats
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._pending) or self.engine.has_work
+
+    @property
+    def next_moment(self) -> float:
+        """When the next step would begin; only while busy."""
+        if self.engine.has_work:
+            return self.clock.now()
+        return max(self.clock.now(), self._pending[0].at)
+
+    def add(self, request: SimRequest) -> None:
+        """In order of arrival."""
+        self._pending.append(request)
+        self._sizes[request.id] = (len(request.prompt), request.output)
+
+    def advance(self, until: float, stop_at_finish: bool = False) -> None:
+        """Take every step that begins before `until`; with stop_at_finish only up to the first that ends a request."""
+        ended = len(self.finished)
+        while self.busy and self.next_moment < until:
+            self._admit()
+            if not self.engine.has_work:
+                self.clock.wait_until(self._pending[0].at)
+                continue
+            if not self._quiet(until):
+                self._take(self.engine.step())
+            if stop_at_finish and len(self.finished) > ended:
+                return
+
+    def _admit(self) -> None:
+        now = self.clock.now()
+        while self._pending and self._pending[0].at <= now:
+            request = self._pending.popleft()
+            params = SamplingParams(max_tokens=request.output, temperature=0.0, ignore_eos=True)
+            # Arrival is when it came, not when the step under way let it in.
+            self.engine.scheduler.add(request.id, request.prompt, params, request.at)
+
+    def _quiet(self, until: float) -> bool:
+        """Take quiet steps if there are any before `until` and the next arrival."""
+        if not self._macro:
+            return False
+        scheduler = self.engine.scheduler
+        if self._executor._queue:
+            return False
+        steps = quiet_steps(scheduler, _MACRO)
+        if steps < 2:
+            return False
+        running = scheduler._roster.running
+        n, context = len(running), sum(r.num_submitted + 1 for r in running)
+        end = min(until, self._pending[0].at if self._pending else until)
+        durations, now = [], self.clock.now()
+        for seconds in self._cost.decode_run(n, context, steps):
+            if now >= end:
+                break
+            durations.append(seconds)
+            now += seconds
+        self._executor.quiet(n, context, durations)
+        advance(scheduler, len(durations), TOKEN)
+        for seconds in durations:  # one by one, so that sums round as they do step by step
+            self.clock.elapse(seconds)
+        return True
+
+    def _take(self, outputs: list[SequenceOutput]) -> None:
+        running = len(self.engine.scheduler._roster.running)
+        if running > self.peak_running:
+            self.peak_running = running
+        for output in outputs:
+            if output.finish_reason is not None and output.times is not None:
+                t = output.times
+                prompt, made = self._sizes.pop(output.request_id)
+                self.finished.append(
+                    Finished(
+                        output.request_id,
+                        t.arrival,
+                        t.first_scheduled,
+                        t.first_token,
+                        t.finished,
+                        prompt,
+                        made,
+                        output.num_cached_tokens,
+                    )
+                )
