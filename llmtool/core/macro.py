@@ -1,21 +1,21 @@
 """Many decode steps at once: what a simulator may do between two events, with the same outcome as one by one.
 
 While every running sequence decodes, none ends, none can be let in and pages suffice, each step gives every running
-sequence one token and nothing else. `quiet_steps` says for how many steps that holds; `advance` takes them. Pages are
-taken in another order than step by step, which only their numbers show. Only for executors without content: tokens
-are `token`, as of a rule that no stop token matches.
+sequence one token and nothing else. `quiet_steps` says for how many steps that holds, the last of which may end
+sequences; `advance` takes them. Pages are taken in another order than step by step, which only their numbers show.
+Only for executors without content: tokens are `token`, as of a rule that no stop token matches.
 """
 
 from __future__ import annotations
 
 from llmtool.core.memory.allocator import KVAllocator
-from llmtool.core.request import Request
+from llmtool.core.request import FinishReason, Request, SequenceOutput
 from llmtool.core.scheduler import Scheduler
 
 
 def quiet_steps(scheduler: Scheduler, limit: int) -> int:
-    """Steps, at most `limit`, in which every running sequence gains one token and nothing else happens; 0 if the next
-    step is not such a one."""
+    """Steps, at most `limit`, in which every running sequence gains one token and nothing else happens but that some
+    end with the last; 0 if the next step is not such a one."""
     roster = scheduler._roster
     running = roster.running
     if not running or limit < 1 or scheduler._submitted or roster.beams or roster.children or roster.parked:
@@ -28,8 +28,7 @@ def quiet_steps(scheduler: Scheduler, limit: int) -> int:
         decoding = known - request.num_submitted == 1 and known > request.num_prompt_tokens
         if not decoding or request.num_sent == 0 or request.stop_tokens:
             return 0
-        # The step that ends a sequence is left to the scheduler.
-        left = request.max_tokens - (known - request.num_prompt_tokens) - 1
+        left = request.max_tokens - (known - request.num_prompt_tokens)
         if left < steps:
             steps = left
     if steps < 1 or not _queue_is_stuck(scheduler):
@@ -69,10 +68,11 @@ def _within_pages(allocator: KVAllocator, running: list[Request], steps: int) ->
     return low
 
 
-def advance(scheduler: Scheduler, steps: int, token: int) -> None:
-    """Take `steps` quiet steps."""
+def advance(scheduler: Scheduler, steps: int, token: int, now: float) -> list[SequenceOutput]:
+    """Take `steps` quiet steps, the last of which is over at `now`. Returns the last outputs of those that end."""
     roster, allocator = scheduler._roster, scheduler.allocator
     tail = [token] * steps
+    ending: list[Request] = []
     for request in roster.running:
         target = request.num_submitted + steps
         allocator.extend(request.id, target)
@@ -80,7 +80,17 @@ def advance(scheduler: Scheduler, steps: int, token: int) -> None:
         allocator.advance(request.id, target)
         request.num_submitted = request.num_computed = target
         request.num_sent = target
+        if len(request.token_ids) - request.num_prompt_tokens >= request.max_tokens:
+            ending.append(request)
     scheduler._step_id += steps
     roster.stats.steps += steps
     roster.stats.generation_tokens += steps * len(roster.running)
     roster.count_pages()
+    outputs = []
+    for request in ending:
+        output = SequenceOutput(request.group, request.index, (token,))
+        scheduler._committer._end(request, FinishReason.LENGTH, now, output)
+        outputs.append(output)
+    if ending:
+        roster.sweep()
+    return outputs

@@ -5,8 +5,9 @@ Constants are fitted by benchmarks/plan/accuracy.py on the runs named there; `pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tomllib
 from dataclasses import dataclass
+from importlib.resources import files
 
 from llmtool.errors import UsageError
 
@@ -33,16 +34,17 @@ class EngineProfile:
     source: str = ""
 
 
-ENGINES: Mapping[str, EngineProfile] = {
-    "llmtool": EngineProfile("llmtool", 2e-3, 2e-5, budget=512, max_seqs=64, source="assumed"),
-    "vllm": EngineProfile("vllm", 1.0e-3, 1e-5, request=15e-3, budget=8192, max_seqs=256, source="assumed"),
-    "vllm-0.6": EngineProfile("vllm-0.6", 5e-3, 1e-5, request=5e-3, budget=512, max_seqs=256, source="assumed"),
-    "sglang": EngineProfile("sglang", 1.0e-3, 1e-5, request=15e-3, budget=8192, max_seqs=256, source="assumed"),
-    "trtllm": EngineProfile("trtllm", 0.5e-3, 1e-5, request=15e-3, budget=8192, max_seqs=256, source="assumed"),
-}
+FITTED = ("host_step", "host_seq", "compute", "memory", "network", "request")
+
+
+def load_engines() -> dict[str, EngineProfile]:
+    """The built-in profiles by name."""
+    tables = tomllib.loads((files("llmtool.sim") / "engines.toml").read_text(encoding="utf-8"))
+    return {name: EngineProfile(name, **table) for name, table in tables.items()}
 
 
 def find_engine(name: str) -> EngineProfile:
-    if name not in ENGINES:
-        raise UsageError(f"The engine {name!r} is unknown.", f"Known: {', '.join(ENGINES)}.")
-    return ENGINES[name]
+    engines = load_engines()
+    if name not in engines:
+        raise UsageError(f"The engine {name!r} is unknown.", f"Known: {', '.join(engines)}.")
+    return engines[name]

@@ -58,7 +58,8 @@ class Ops:
         return Cost(LAUNCH + best / share, bound, flops, nbytes)
 
     def gemm(self, m: float, n: int, k: int, dtype: str) -> Cost:
-        """[m, k] x [k, n], weights in `dtype`."""
+        """[m, k] x [k, n], weights in `dtype`; those in blocks take what plain ones take."""
+        dtype = dtype.removesuffix("_block")
         key = ("gemm", m, n, k, dtype)
         if key not in self._memo:
             flops, nbytes = gemm_work(m, n, k, dtype)
@@ -114,6 +115,9 @@ class Ops:
 
     def stream(self, nbytes: float) -> Cost:
         """Elementwise work: norms, activations, rotary embeddings, a recurrent state."""
+        table = self._grids.get("stream")
+        if table is not None:
+            return Cost(nbytes / self.device.bandwidth * table.ratio(nbytes), "memory", 0.0, nbytes)
         return Cost(LAUNCH + nbytes / (self.device.bandwidth * MEMORY_SHARE), "memory", 0.0, nbytes)
 
 

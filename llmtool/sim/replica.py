@@ -59,6 +59,8 @@ class StepTotals:
     prompt_tokens: int = 0
     prompt_pairs: float = 0.0  # (query, key) pairs of prompt chunks
     prompt_steps: int = 0
+    peak_seqs: int = 0  # most in one step
+    peak_tokens: int = 0
     timeline: list[tuple[float, float, int, int, int]] = field(default_factory=list)
 
 
@@ -122,6 +124,8 @@ class PlanExecutor:
     def _count(self, now: float, done: float, batch: Batch, prompt: int) -> None:
         t = self.totals
         t.steps += 1
+        t.peak_seqs = max(t.peak_seqs, batch.decodes + len(batch.chunks))
+        t.peak_tokens = max(t.peak_tokens, batch.decodes + prompt)
         t.busy += done - max(now, self._done)
         t.decodes += batch.decodes
         t.decode_context += batch.decode_context
@@ -141,6 +145,8 @@ class PlanExecutor:
         """Steps that were not submitted one by one."""
         t, steps, total = self.totals, len(durations), sum(durations)
         t.steps += steps
+        t.peak_seqs = max(t.peak_seqs, n)
+        t.peak_tokens = max(t.peak_tokens, n)
         t.busy += total
         t.decodes += n * steps
         t.decode_context += context * steps + n * steps * (steps - 1) // 2
@@ -177,7 +183,6 @@ class Replica:
         self._pending: deque[SimRequest] = deque()
         self._sizes: dict[str, tuple[int, int]] = {}
         self.finished: list[Finished] = []
-        self.peak_running = 0
 
     @property
     def load(self) -> int:
@@ -236,7 +241,7 @@ class Replica:
         if self._executor._queue:
             return False
         steps = quiet_steps(scheduler, _MACRO)
-        if steps < 2:
+        if steps < 1:
             return False
         running = scheduler._roster.running
         n, context = len(running), sum(r.num_submitted + 1 for r in running)
@@ -248,15 +253,12 @@ class Replica:
             durations.append(seconds)
             now += seconds
         self._executor.quiet(n, context, durations)
-        advance(scheduler, len(durations), TOKEN)
         for seconds in durations:  # one by one, so that sums round as they do step by step
             self.clock.elapse(seconds)
+        self._take(advance(scheduler, len(durations), TOKEN, self.clock.now()))
         return True
 
     def _take(self, outputs: list[SequenceOutput]) -> None:
-        running = len(self.engine.scheduler._roster.running)
-        if running > self.peak_running:
-            self.peak_running = running
         for output in outputs:
             if output.finish_reason is not None and output.times is not None:
                 t = output.times

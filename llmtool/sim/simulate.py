@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -134,6 +134,18 @@ class SimResult:
         """Energy of all devices over the run: power = watts * (0.3 + 0.7 * the larger of MFU and MBU)."""
         power = self.cost.cluster.device.power
         return self.duration * self.devices * power * (IDLE_SHARE + (1 - IDLE_SHARE) * max(self.utilization()))
+
+    def holds_for(self, other: Deployment) -> bool:
+        """Whether a deployment that differs in its limits alone would have run exactly so: no limit of either was
+        ever reached, neither of a step's tokens, nor of sequences, nor of pages."""
+        mine = self.deployment
+        if replace(mine, budget=other.budget, max_seqs=other.max_seqs) != other or self.preemptions:
+            return False
+        tokens = max(t.peak_tokens for t in self.totals)
+        seqs = max(t.peak_seqs for t in self.totals)
+        pages = min(self.memory.pages, device_memory(other, self.cost.cluster.device).pages)
+        wanted = self.kv_peak * self.memory.pages + -(-mine.max_len // mine.block_size) + seqs
+        return tokens < min(mine.budget, other.budget) and seqs < min(mine.max_seqs, other.max_seqs) and wanted < pages
 
     @property
     def bound(self) -> str:

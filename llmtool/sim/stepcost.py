@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 
 from llmtool.hardware import Cluster
@@ -89,13 +90,26 @@ class PlanCost:
             i: self._attentions(stage) for i, stage in enumerate(self._stages)
         }
 
+    def for_deployment(self, deployment: Deployment) -> PlanCost:
+        """The same costs, seen from a deployment that differs in its budget or sequences alone."""
+        d = self.deployment
+        same = (d.ir, d.plan, d.engine, d.dtype, d.kv_dtype)
+        assert same == (
+            deployment.ir, deployment.plan, deployment.engine, deployment.dtype, deployment.kv_dtype
+        )  # fmt: skip
+        twin = copy(self)
+        twin.deployment = deployment
+        return twin
+
     # -- operations --------------------------------------------------------------------------------------------
 
-    def _weights(self) -> str:
-        return self.deployment.dtype
-
     def _gemm(self, m: float, n: float, k: float, dtype: str = "") -> Cost:
-        return self.ops.gemm(m, max(1, round(n)), max(1, round(k)), dtype or self.deployment.dtype)
+        dtype = dtype or self.deployment.dtype
+        cost = self.ops.gemm(m, max(1, round(n)), max(1, round(k)), dtype)
+        if dtype.endswith("_block"):  # activations are quantised in blocks by a kernel of their own
+            extra = self.ops.stream(3.0 * m * k)
+            cost = Cost(cost.seconds + extra.seconds, cost.bound, cost.flops, cost.bytes + extra.bytes)
+        return cost
 
     def linear(self, stage: int, m: float) -> Breakdown:
         """Everything of a stage but attention over the KV cache, the head and the host, for m tokens."""
@@ -179,7 +193,10 @@ class PlanCost:
         if isinstance(mlp, MoE):
             costs += [
                 self._gemm(m, mlp.experts, hidden, "bf16"),
-                self.ops.stream(2.0 * m * mlp.experts * 4),
+                # Choosing experts, sorting tokens by expert, adding their results up: kernels of their own.
+                self.ops.stream(8.0 * m * mlp.experts),
+                self.ops.stream(4.0 * m * mlp.top_k * 8),
+                self.ops.stream(2.0 * m * hidden * (mlp.top_k + 1) / plan.ep),
                 self.ops.moe(
                     shared,
                     hidden,
