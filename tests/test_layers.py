@@ -18,6 +18,10 @@ ROOT = Path(__file__).parents[1]
         "llmtool.core.memory.contiguous",
         "llmtool.sim.executor",
         "llmtool.sim.cost",
+        "llmtool.sim.simulate",
+        "llmtool.plan.search",
+        "llmtool.hardware",
+        "llmtool.cli.plan_run",
         "llmtool.workload.datasets",
         "llmtool.modelspec",
         "llmtool.config",
@@ -59,5 +63,5 @@ def test_help_lists_only_what_works() -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "llmtool", "--help"], check=True, capture_output=True, text=True, cwd=ROOT
     ).stdout
-    assert "serve" in shown and "bench" in shown
+    assert "serve" in shown and "bench" in shown and "plan" in shown
     assert not any(name in shown for name in ("prune", "memprofile"))

@@ -3,10 +3,11 @@
 python benchmarks/plan/accuracy.py [--data DIR] [--fit] [--only apex silicon per_request] [--processes 2]
 
 DIR holds apex_measured/, aiconfigurator/silicon_sample.csv.gz, llmservingsim_bench/ and llmservingsim_profile/; any
-files of these formats will do (cases.py). Kernel times are the built-in packs', except per request, where they are the
-card's own layer profile. Constants come from llmtool/sim/engines.toml, and were fitted (--fit) on
+files of these formats will do (cases.py). Kernel times are the built-in packs', except per request, where they
+are the card's own layer profile. Constants come from llmtool/sim/engines.toml, and were fitted (--fit) on
   vllm-0.6: two runs of APEX, FIT_APEX below; every other run is held out
-  vllm, sglang, trtllm: of each engine's silicon rows, half of the configurations (model, device, lengths, plan), by a
+  vllm, sglang, trtllm: of each engine's silicon rows, half of the configurations (model, device, lengths, plan),
+  by a
     hash of the configuration; of those, FIT_ROWS rows. The other half is held out, and scored apart.
 Nothing is fitted on the per-request runs.
 """
@@ -31,12 +32,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from cases import Case, apex, per_request, silicon  # noqa: E402
-from common import machine  # noqa: E402
+from cases import Case, apex, per_request, silicon
+from common import machine
 
-from llmtool.errors import LLMToolError  # noqa: E402
-from llmtool.plan.fit import Observation, figure, fit_engine  # noqa: E402
-from llmtool.sim.engines import FITTED, EngineProfile, find_engine, load_engines  # noqa: E402
+from llmtool.errors import LLMToolError
+from llmtool.plan.fit import Observation, figure, fit_engine
+from llmtool.sim.engines import FITTED, EngineProfile, find_engine, load_engines
 
 DATA = Path(os.environ.get("LLMTOOL_DATA", "../shared/data")) / "plan-truth"
 RESULTS = Path(__file__).parent / "results"
@@ -70,8 +71,12 @@ def fit(cases: Sequence[Case]) -> None:
             measured = {k: v for k, v in case.measured.items() if k in ("ttft", "tpot", "tpot_tokens")}
             observations.append(Observation(case.run, measured))
         profile = fit_engine(profiles[name], observations, evaluations=6)
-        source = ", ".join(c.id for c in chosen) if name == "vllm-0.6" else (
-            f"{len(chosen)} rows of {FIT_MODELS[name]} in AIConfigurator's silicon sample, by a hash of configurations"
+        source = (
+            ", ".join(c.id for c in chosen)
+            if name == "vllm-0.6"
+            else (
+                f"{len(chosen)} rows of {FIT_MODELS[name]} of AIConfigurator's silicon sample, chosen by a hash"
+            )
         )
         profiles[name] = replace(profile, source=source)
         print(profiles[name], flush=True)
@@ -79,7 +84,7 @@ def fit(cases: Sequence[Case]) -> None:
 
 
 def write_engines(profiles: dict[str, EngineProfile]) -> None:
-    lines = ["# Constants of engines; see EngineProfile. Fitted by benchmarks/plan/accuracy.py --fit on what `source` names."]
+    lines = ["# Constants of engines; see EngineProfile. Fitted by benchmarks/plan/accuracy.py --fit."]
     default = EngineProfile("", 0.0)
     for name, p in profiles.items():
         lines += ["", f'["{name}"]' if "." in name else f"[{name}]"]
@@ -157,7 +162,9 @@ def summaries(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     by[key].append(r)
             by[f"silicon {kind}, all"].append(r)
             if r["model"] == "llama-3.1-70b" and r["extra"]["precision"] == "fp8" and r["engine"] == "vllm":
-                by["Llama-70B fp8 vLLM, " + ("held out" if r.get("held_out", True) else "fitted half")].append(r)
+                by[
+                    "Llama-70B fp8 vLLM, " + ("held out" if r.get("held_out", True) else "fitted half")
+                ].append(r)
     out |= {key: summary(by[key]) for key in sorted(by)}
     for r in rows:
         if r["source"] == "per_request":

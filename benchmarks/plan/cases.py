@@ -1,7 +1,7 @@
 """Measured runs as cases: what ran, on what, under which load, and what was measured. Any file of these formats.
 
-apex: summary.csv and requests.csv.gz (github microsoft/apex_plus, MIT): vLLM 0.6.0, Llama-3.1-70B and others on H100s;
-rows that are not self-consistent are cumulative counters and left out. silicon: silicon_sample.csv.gz (PyPI
+apex: summary.csv and requests.csv.gz (github microsoft/apex_plus, MIT): vLLM 0.6.0, Llama-3.1-70B and others on
+H100s; rows that are not self-consistent are cumulative counters and left out. silicon: silicon_sample.csv.gz (PyPI
 aiconfigurator-core, Apache-2.0): closed loops of `concurrency` clients. per request: folders with meta.json and
 requests.jsonl (github casys-kaist/LLMServingSim, MIT): vLLM 0.19.
 """
@@ -98,7 +98,14 @@ def apex(directory: Path) -> Iterator[Case]:
             workload = Workload(row["run"], rows)
             dtype = "fp8" if "fp8" in row["model"].lower() else "bf16"
             deployment = Deployment(
-                model(known), ParallelPlan(tp=int(row["tp"])), _BLANK, dtype, "bf16", 512, 256, workload.max_len
+                model(known),
+                ParallelPlan(tp=int(row["tp"])),
+                _BLANK,
+                dtype,
+                "bf16",
+                512,
+                256,
+                workload.max_len,
             )
             yield Case(
                 row["run"],
@@ -123,14 +130,25 @@ def known_as(name: str) -> str | None:
     base = name.split("/")[-1].lower()
     for suffix in ("", "-instruct", "-fp8", "-nvfp4"):
         base = base.removesuffix(suffix)
-    for candidate in (base, base.removesuffix("-fp8").removesuffix("-instruct"), base.replace("-instruct", "")):
+    for candidate in (
+        base,
+        base.removesuffix("-fp8").removesuffix("-instruct"),
+        base.replace("-instruct", ""),
+    ):
         candidate = re.sub(r"-(2507|v\d+\.\d+)$", "", candidate).removesuffix("-instruct")
         if published(candidate) is not None:
             return candidate
     return None
 
 
-SYSTEMS = {"h100_sxm": "h100", "h200_sxm": "h200", "b200_sxm": "b200", "gb200": "gb200", "b300_sxm": "", "gb300": ""}
+SYSTEMS = {
+    "h100_sxm": "h100",
+    "h200_sxm": "h200",
+    "b200_sxm": "b200",
+    "gb200": "gb200",
+    "b300_sxm": "",
+    "gb300": "",
+}
 BLOCKWISE = ("deepseek", "qwen3", "minimax")
 
 
@@ -187,7 +205,13 @@ def _silicon(row: dict[str, str]) -> Case | None:
         {"ttft": float(row["silicon_ttft_ms"]), "tpot": float(row["silicon_tpot_ms"])},
         group=" ".join(map(str, same)),
         split=f"{known} {device} {isl} {osl} {plan}",
-        extra={"isl": isl, "osl": osl, "clients": clients, "moe": model(known).is_moe, "precision": precision},
+        extra={
+            "isl": isl,
+            "osl": osl,
+            "clients": clients,
+            "moe": model(known).is_moe,
+            "precision": precision,
+        },
     )
 
 
@@ -215,9 +239,7 @@ def per_request(runs: Path, profiles: Path) -> Iterator[Case]:
         requests = [json.loads(line) for line in (folder / "requests.jsonl").read_text().splitlines()]
         first = min(r["arrival_time"] for r in requests)
         requests.sort(key=lambda r: r["arrival_time"])
-        rows = tuple(
-            TraceRow(r["arrival_time"] - first, r["input_toks"], r["output_toks"]) for r in requests
-        )
+        rows = tuple(TraceRow(r["arrival_time"] - first, r["input_toks"], r["output_toks"]) for r in requests)
         workload = Workload(f"{card}/{known}", rows)
         dp, tp = kwargs["data_parallel_size"], kwargs["tensor_parallel_size"]
         ir, device = model(known), find_device(CARDS[card])

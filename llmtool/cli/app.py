@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmtool.cli.bench import bench
+from llmtool.cli.plan import plan
 from llmtool.cli.serve import serve
 from llmtool.version import __version__
 
@@ -38,6 +39,7 @@ def _main(
 
 app.command()(serve)
 app.command()(bench)
+app.command()(plan)
 
 
 def main() -> None:

@@ -79,6 +79,10 @@ def serve(
     num_threads: engine.NumThreads = None,
     seed: Annotated[int | None, typer.Option(help="Of requests that bring none.")] = None,
     step_log: engine.StepLog = None,
+    plan: Annotated[
+        str | None,
+        typer.Option("--plan", metavar="FILE", help="Settings of `llmtool plan -o`; flags win."),
+    ] = None,
     config: ConfigFile = None,
     print_config: PrintConfig = False,
     as_json: JsonFlag = False,
@@ -92,12 +96,18 @@ def serve(
 
       llmtool serve ./my-model --port 9000 --api-key secret
 
+      llmtool serve --plan plan.toml                    # what `llmtool plan` found for one device
+
       llmtool serve model.gguf --max-model-len 4096 --max-num-seqs 32
 
       curl localhost:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "Hello"}]}'
     """
     flags: dict[str, Any] = dict(locals())
+    if plan is not None:
+        from llmtool.plan.planfile import serve_settings
+
+        flags |= {k: v for k, v in serve_settings(plan).items() if flags.get(k) is None}
     flags["kv_cache_memory_bytes"] = optional_size(kv_cache_memory)
     flags["swap_space_bytes"] = optional_size(swap_space)
     flags["max_body_bytes"] = optional_size(max_body)

@@ -14,8 +14,8 @@ from llmtool.core.scheduler import Scheduler
 
 
 def quiet_steps(scheduler: Scheduler, limit: int) -> int:
-    """Steps, at most `limit`, in which every running sequence gains one token and nothing else happens but that some
-    end with the last; 0 if the next step is not such a one."""
+    """Steps, at most `limit`, in which every running sequence gains one token and nothing else happens but that
+    some end with the last; 0 if the next step is not such a one."""
     roster = scheduler._roster
     running = roster.running
     if not running or limit < 1 or scheduler._submitted or roster.beams or roster.children or roster.parked:

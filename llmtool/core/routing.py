@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from llmtool.errors import UsageError
 
 
 class Router(Protocol):
-    """needs_load: whether `pick` looks at the engines' load, so that a simulator must bring them up to date first."""
+    """needs_load: whether `pick` looks at the engines' load, so that a simulator must bring them up to date
+    first."""
 
     needs_load: bool
 
@@ -41,12 +42,11 @@ class LeastLoaded:
         return min(range(len(loads)), key=lambda i: (loads[i], i))
 
 
-ROUTERS = {"round-robin": RoundRobin, "least-loaded": LeastLoaded}
+ROUTERS: Mapping[str, Callable[[], Router]] = {"round-robin": RoundRobin, "least-loaded": LeastLoaded}
 
 
 def make_router(name: str) -> Router:
     """Raises UsageError for an unknown name."""
     if name not in ROUTERS:
         raise UsageError(f"The router {name!r} is unknown.", f"Known: {', '.join(ROUTERS)}.")
-    router: Router = ROUTERS[name]()
-    return router
+    return ROUTERS[name]()

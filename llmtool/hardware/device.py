@@ -18,9 +18,9 @@ REQUIRED = ("flops", "memory", "bandwidth", "link", "power")
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
     """One device. flops: dense peak operations per second by type. memory: bytes. bandwidth, link, pcie, network:
-    bytes per second of device memory, to a neighbour in the node (one way), to the host, between nodes (per device).
-    power: watts at full load. efficiency: name of the pack of measured efficiencies; measured: whether the pack was
-    measured on this very device. source: of the facts.
+    bytes per second of device memory, to a neighbour in the node (one way), to the host, between nodes (per
+    device). power: watts at full load. efficiency: name of the pack of measured efficiencies; measured: whether
+    the pack was measured on this very device. source: of the facts.
     """
 
     name: str
@@ -91,7 +91,9 @@ def _device(name: str, table: Any) -> DeviceSpec:
     unknown = set(table) - set(DeviceSpec.__dataclass_fields__) - {"name"}
     if unknown:
         raise UsageError(f"The device {name!r} has an unknown field {sorted(unknown)[0]!r}.")
-    numbers = {key: table[key] for key in ("memory", "bandwidth", "link", "power", "pcie", "network") if key in table}
+    numbers = {
+        key: table[key] for key in ("memory", "bandwidth", "link", "power", "pcie", "network") if key in table
+    }
     if not all(isinstance(v, int | float) and v > 0 for v in [*numbers.values(), *flops.values()]):
         raise UsageError(f"The device {name!r}: every figure must be a positive number.")
     values = {k: v for k, v in table.items() if k not in ("flops", "aliases", "title", "memory")}

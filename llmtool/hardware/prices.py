@@ -1,4 +1,5 @@
-"""What a device costs per hour: a dated table that users can replace. A price that is not known is never made up."""
+"""What a device costs per hour: a dated table that users can replace. A price that is not known is never made
+up."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import tomllib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from llmtool.errors import UsageError
 
@@ -42,7 +44,7 @@ def need_price(device: str, given: float | None = None, path: str | Path | None 
     return price
 
 
-def _table(path: str | Path | None) -> dict[str, dict[str, list[float]]]:
+def _table(path: str | Path | None) -> dict[str, Any]:
     name = str(path) if path else "prices.toml"
     try:
         text = (Path(path) if path else files("llmtool.hardware") / "prices.toml").read_text(encoding="utf-8")
@@ -52,10 +54,15 @@ def _table(path: str | Path | None) -> dict[str, dict[str, list[float]]]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise UsageError(f"The price table {name} is not valid TOML: {e}.") from None
     prices = table.get("usd_per_hour")
-    ok = isinstance(prices, dict) and isinstance(table.get("date"), str)
-    if not ok or not all(
-        isinstance(v, list) and len(v) == 2 and all(isinstance(x, int | float) and x > 0 for x in v)
-        for v in prices.values()
+    if (
+        not isinstance(prices, dict)
+        or not isinstance(table.get("date"), str)
+        or not all(
+            isinstance(v, list) and len(v) == 2 and all(isinstance(x, int | float) and x > 0 for x in v)
+            for v in prices.values()
+        )
     ):
-        raise UsageError(f"The price table {name} needs `date` and, under usd_per_hour, NAME = [lowest, highest].")
+        raise UsageError(
+            f"The price table {name} needs `date` and, under usd_per_hour, NAME = [lowest, highest]."
+        )
     return table

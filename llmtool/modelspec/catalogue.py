@@ -1,4 +1,5 @@
-"""Models by name: the config.json of published models, without what decides nothing here, and where each is from."""
+"""Models by name: the config.json of published models, without what decides nothing here, and where each is
+from."""
 
 from __future__ import annotations
 
@@ -23,8 +24,17 @@ def names() -> list[str]:
     return list(_entries())
 
 
+def hub_name(model: str) -> str:
+    """The hub id of a model in the catalogue; any other name is given back."""
+    for own, entry in _entries().items():
+        if model.lower() in (own, *entry.get("aliases", ())):
+            return str(entry["source"])
+    return model
+
+
 def published(name: str) -> Mapping[str, Any] | None:
-    """The config.json of a model in the catalogue, by its name, an alias or its hub id; None where it is in none."""
+    """The config.json of a model in the catalogue, by its name, an alias or its hub id; None where it is in
+    none."""
     wanted = name.lower()
     for own, entry in _entries().items():
         source = entry["source"].lower()

@@ -1,9 +1,10 @@
 """What a plan cannot do better than, whatever is scheduled: bounds from its step costs, without a simulation.
 
-Sound for the cost model, not only likely: a step of m tokens takes at least the least that any step of m or more tokens
-takes without attention, so
+Sound for the cost model, not only likely: a step of m tokens takes at least the least that any step of m or more
+tokens takes without attention, so
   - a sequence's decode step, and each chunk of its prompt, takes at least the cheapest step;
-  - P prompt and O output tokens take at least (P + O) * min over m of step(m) / m, and O * min over n of step(n) / n
+  - P prompt and O output tokens take at least (P + O) * min over m of step(m) / m, and O * min over n of step(n)
+  / n
     with n at most the sequences that can run;
   - a run lasts as long as its busiest engine, and until the last request has come and been served.
 Attention is left out of all of them. Tests hold every bound against simulations.
@@ -58,9 +59,7 @@ def bounds_of(cost: PlanCost, deployment: Deployment, memory: DeviceMemory, work
     shortest = min(row.input_len for row in workload.rows)
     seats = max(1, min(d.max_seqs, memory.tokens // max(1, shortest), budget))
     least_step = _least_from(whole, 1.0, budget) + engine.host_step
-    per_token = min(
-        (_least_from(interval, m, budget) + host) / m for m in _points(budget)
-    )
+    per_token = min((_least_from(interval, m, budget) + host) / m for m in _points(budget))
     per_output = min((_least_from(interval, n, budget) + host) / n for n in _points(seats))
     inputs = np.array([row.input_len for row in workload.rows], dtype=np.float64)
     outputs = np.array([row.output_len for row in workload.rows], dtype=np.float64)
@@ -72,7 +71,9 @@ def bounds_of(cost: PlanCost, deployment: Deployment, memory: DeviceMemory, work
     decodes = float(np.maximum(0.0, outputs - 1).sum())
     busy = max((float(fresh.sum()) + decodes) * per_token, decodes * per_output) / groups
     arrivals = np.array([row.arrival or 0.0 for row in workload.rows])
-    served = float((arrivals + e2e - engine.request).max()) if workload.concurrency is None else float(e2e.max())
+    served = (
+        float((arrivals + e2e - engine.request).max()) if workload.concurrency is None else float(e2e.max())
+    )
     longest = served - (float(arrivals.min()) if workload.concurrency is None else engine.request)
     return Bounds(ttft * _SAFETY, e2e * _SAFETY, least_step * _SAFETY, max(busy, longest) * _SAFETY)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,16 +51,20 @@ def fit_engine(
     observations: Sequence[Observation],
     constants: Sequence[str] = tuple(PRIORS),
     evaluations: int = 8,
+    freedom: float = 1.0,
 ) -> EngineProfile:
-    """The profile that makes the observations most likely. constants: those that may change."""
+    """The profile that makes the observations most likely. constants: those that may change. freedom: widens the
+    priors of kernels and collectives."""
     from scipy.optimize import least_squares
 
     start = np.array([max(getattr(base, name), 1e-7) for name in constants])
-    widths = np.array([PRIORS[name] for name in constants])
+    kernels = ("compute", "memory", "network")
+    widths = np.array([PRIORS[name] * (freedom if name in kernels else 1.0) for name in constants])
 
     def profile(x: NDArray[np.float64]) -> EngineProfile:
         values = start * np.exp(x * widths)
-        return replace(base, **{n: float(v) for n, v in zip(constants, values, strict=True)})
+        changes: dict[str, Any] = {n: float(v) for n, v in zip(constants, values, strict=True)}
+        return replace(base, **changes)
 
     def residuals(x: NDArray[np.float64]) -> NDArray[np.float64]:
         engine, out = profile(x), []

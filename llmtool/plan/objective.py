@@ -11,6 +11,7 @@ from llmtool.hardware.prices import Price
 from llmtool.plan.bounds import Bounds
 from llmtool.sim.deployment import Deployment
 from llmtool.sim.simulate import IDLE_SHARE, SimResult
+from llmtool.sim.stepcost import BOUNDS
 from llmtool.sim.workload import Workload
 from llmtool.workload.slo import SLO
 
@@ -19,8 +20,9 @@ OBJECTIVES = ("goodput", "latency", "throughput", "cost", "energy")
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """kind: goodput (requests/s within the SLOs), latency (mean end to end), throughput (output tokens/s per device),
-    cost ($ per million output tokens), energy (J per million output tokens). Percentile SLOs are conditions."""
+    """kind: goodput (requests/s within the SLOs), latency (mean end to end), throughput (output tokens/s per
+    device), cost ($ per million output tokens), energy (J per million output tokens). Percentile SLOs are
+    conditions."""
 
     kind: str
     slos: tuple[SLO, ...] = ()
@@ -105,6 +107,12 @@ def check_slos(slos: Sequence[SLO]) -> None:
             )
 
 
+def time_share(result: SimResult) -> dict[str, float]:
+    """Parts of the steps' time by what bounds it."""
+    work = result.work
+    return {name: getattr(work, name) / work.seconds if work.seconds else 0.0 for name in BOUNDS}
+
+
 def figures(result: SimResult, objective: Objective) -> dict[str, Any]:
     """A simulated plan's numbers, for tables and JSON. Times in milliseconds."""
     tokens = sum(f.output_tokens for f in result.finished)
@@ -121,12 +129,15 @@ def figures(result: SimResult, objective: Objective) -> dict[str, Any]:
         "mfu": mfu,
         "mbu": mbu,
         "bound": result.bound,
+        "time_share": time_share(result),
         "preemptions": result.preemptions,
         "kv_peak": result.kv_peak,
         "duration_s": result.duration,
     }
     if objective.price is not None:
-        out["usd_per_million_tokens"] = dollars(objective.price, result.devices, result.duration) / tokens * 1e6
+        out["usd_per_million_tokens"] = (
+            dollars(objective.price, result.devices, result.duration) / tokens * 1e6
+        )
     for metric in ("ttft", "tpot", "e2el"):
         out[f"mean_{metric}_ms"] = result.statistic(metric, None)
         for p in (50, 90, 99):

@@ -1,7 +1,8 @@
 """The search: bounds, then successive halving on the head of the trace, then full simulation, best bound first.
 
-What is thrown out before a full simulation is either proven worse (its bound is worse than what another plan does) or
-lost a round of halving by more than SLACK. `exhaustive` simulates everything instead; tests hold both to the same winner.
+What is thrown out before a full simulation is either proven worse (its bound is worse than what another plan
+does) or lost a round of halving by more than SLACK. `exhaustive` simulates everything instead; tests hold both to
+the same winner.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ Progress = Callable[[str, float | None], None]
 
 @dataclass
 class Outcome:
-    """One plan and how far it came. stage: bounded | halved | simulated. loss: of the last simulation, else the bound.
-    figures: of a full simulation."""
+    """One plan and how far it came. stage: bounded | halved | simulated. loss: of the last simulation, else the
+    bound. figures: of a full simulation."""
 
     deployment: Deployment
     stage: str
@@ -100,8 +101,8 @@ class Simulator:
     def run(
         self, variants: Sequence[Deployment], workload: Workload, objective: Objective, full: bool
     ) -> list[dict[str, Any]]:
-        """Of plans that differ in their limits alone: loss, whether the SLOs are met and, of a full run, figures. Where
-        no limit was reached, one run stands for all."""
+        """Of plans that differ in their limits alone: loss, whether the SLOs are met and, of a full run, figures.
+        Where no limit was reached, one run stands for all."""
         out: list[dict[str, Any]] = []
         done: list[tuple[SimResult, dict[str, Any]]] = []
         for d in variants:

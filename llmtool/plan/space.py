@@ -1,4 +1,5 @@
-"""The space of plans: every way to spread a model over the devices, with an engine's budgets, and why some cannot be.
+"""The space of plans: every way to spread a model over the devices, with an engine's budgets, and why some cannot
+be.
 
 Symmetric ones are enumerated once: replicas and ranks have no names, and an attention-DP plan of a dense model with
 one MLP shard per group is a DP plan.
@@ -97,7 +98,9 @@ def build_space(ir: ModelIR, cluster: Cluster, options: SpaceOptions) -> Space:
             for deployment in _variants(ir, plan, options):
                 memory = device_memory(deployment, cluster.device)
                 if memory.tokens < options.max_len:
-                    reason = "weights do not fit" if memory.pages <= 0 else "KV memory holds no longest sequence"
+                    reason = (
+                        "weights do not fit" if memory.pages <= 0 else "KV memory holds no longest sequence"
+                    )
                     space.reject(reason, f"{plan}: {memory.weights / 1e9:.1f} GB of weights a device")
                     continue
                 space.feasible.append(deployment)

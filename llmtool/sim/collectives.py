@@ -55,5 +55,7 @@ class Collectives:
     def send(self, nbytes: float, stride: int) -> Cost:
         """To the next pipeline stage, `stride` devices on."""
         across = stride >= self.cluster.per_node
-        rate = self.cluster.device.network * NETWORK_SHARE if across else self.cluster.device.link * LINK_SHARE
+        rate = (
+            self.cluster.device.network * NETWORK_SHARE if across else self.cluster.device.link * LINK_SHARE
+        )
         return Cost((NETWORK_HOP if across else HOP) + nbytes / rate, "network", 0.0, nbytes)

@@ -16,8 +16,8 @@ from llmtool.errors import UsageError
 class EngineProfile:
     """host_step, host_seq: seconds of the host per step and per sequence in it that kernels do not hide. compute,
     memory, network: factors on the times of kernels bound by each, and of collectives. request: seconds from a
-    client's sending to the scheduler, and back. budget, max_seqs: defaults of a step. reserve: bytes of a device beside weights, KV and
-    activations. source: what the constants were fitted on.
+    client's sending to the scheduler, and back. budget, max_seqs: defaults of a step. reserve: bytes of a device
+    beside weights, KV and activations. source: what the constants were fitted on.
     """
 
     name: str

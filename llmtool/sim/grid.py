@@ -1,6 +1,7 @@
 """Grid: measured times as ratios over a roofline, on logarithmic axes; and the file that holds many of them.
 
-A ratio varies far less than a time, so few points carry a whole kernel table, and outside them the roofline goes on.
+A ratio varies far less than a time, so few points carry a whole kernel table, and outside them the roofline goes
+on.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from llmtool.modelspec.config import Config
-from llmtool.sim.ir import Attention, Block, Dense, MoE, ModelIR, Recurrent, native_dtype
+from llmtool.sim.ir import Attention, Block, Dense, ModelIR, MoE, Recurrent, native_dtype
 
 _Reader = Callable[[Config, int], list[Block]]
 
@@ -90,9 +90,7 @@ def _jamba(c: Config, layers: int) -> list[Block]:
     a_every, a_first = c.count("attn_layer_period"), int(c.number("attn_layer_offset"))
     e_every, e_first = c.count("expert_layer_period"), int(c.number("expert_layer_offset"))
     return [
-        Block(
-            _attention(c) if i % a_every == a_first else mamba, moe if i % e_every == e_first else dense
-        )
+        Block(_attention(c) if i % a_every == a_first else mamba, moe if i % e_every == e_first else dense)
         for i in range(layers)
     ]
 

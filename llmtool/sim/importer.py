@@ -2,8 +2,9 @@
 
     plan --import-tables DIR --device h100 -o h100.npz
 
-DIR holds .../gemm/ENGINE/VERSION/gemm_perf.parquet and its neighbours for one device; of several versions the newest
-counts. Times are milliseconds there. Of several kernels for one shape the fastest counts, as an engine would choose.
+DIR holds .../gemm/ENGINE/VERSION/gemm_perf.parquet and its neighbours for one device; of several versions the
+newest counts. Times are milliseconds there. Of several kernels for one shape the fastest counts, as an engine would
+choose.
 """
 
 from __future__ import annotations
@@ -39,8 +40,12 @@ PER_EXPERT = (0.004, 0.0156, 0.0625, 0.25, 1, 2, 4, 8, 16, 32, 64, 128, 512, 204
 EXPERT_SIZE = (2**17, 2**18, 2**19, 2**20, 2**21, 2**22, 2**23, 2**25, 2**27)
 LOCAL = (1, 4, 16, 64, 256)
 DEFAULTS = {"window_size": 0, "kv_cache_dtype": "bfloat16", "backend": "graph"}
-COLLECTIVES = {"all_reduce": "all_reduce", "all_gather": "all_gather", "reduce_scatter": "reduce_scatter",
-               "alltoall": "all_to_all"}
+COLLECTIVES = {
+    "all_reduce": "all_reduce",
+    "all_gather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "alltoall": "all_to_all",
+}
 
 
 def import_tables(directory: str | Path, device: DeviceSpec, coarse: bool = False) -> Tables:
@@ -68,7 +73,8 @@ def import_tables(directory: str | Path, device: DeviceSpec, coarse: bool = Fals
             used.append(f"{files[-1].parent.parent.name} {files[-1].parent.name}")
     if not grids:
         raise UsageError(
-            f"{directory} has no kernel tables.", "Give the folder of one device from an aiconfigurator-core wheel."
+            f"{directory} has no kernel tables.",
+            "Give the folder of one device from an aiconfigurator-core wheel.",
         )
     source = f"AIConfigurator kernel tables ({', '.join(dict.fromkeys(used))}), Apache-2.0"
     return Tables(grids, device.name, source)
@@ -104,7 +110,10 @@ def _fastest(rows: dict[str, NDArray[Any]], keys: Sequence[str]) -> tuple[NDArra
 
 
 def _ratios(
-    device: DeviceSpec, points: NDArray[Any], seconds: NDArray[Any], work: Callable[..., tuple[float, float]],
+    device: DeviceSpec,
+    points: NDArray[Any],
+    seconds: NDArray[Any],
+    work: Callable[..., tuple[float, float]],
     dtype: str,
 ) -> NDArray[Any]:
     ops = Ops(device, None)
@@ -184,7 +193,15 @@ def _moe(rows: Any, device: DeviceSpec) -> dict[str, Grid]:
         plain = "fp8" if ours == "fp8_block" else ours
         # Real routers are uneven: the tables' power law with exponent 1.01 stands for them.
         mask = (rows["moe_dtype"] == theirs) & (rows["distribution"] == "power_law_1.01")
-        keys = ("num_tokens", "hidden_size", "inter_size", "moe_tp_size", "moe_ep_size", "num_experts", "topk")
+        keys = (
+            "num_tokens",
+            "hidden_size",
+            "inter_size",
+            "moe_tp_size",
+            "moe_ep_size",
+            "num_experts",
+            "topk",
+        )
         points, seconds = _fastest(_select(rows, mask), keys)
         tokens, hidden, inner, tp, ep, experts, top_k = points.T
         shapes = np.stack([tokens, hidden, inner / tp, experts / ep, experts, top_k], axis=1)

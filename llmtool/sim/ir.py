@@ -1,4 +1,5 @@
-"""The transformer as the planner sees it (APEX, section 3.1): a chain of blocks, each a token mixer and an MLP cell.
+"""The transformer as the planner sees it (APEX, section 3.1): a chain of blocks, each a token mixer and an MLP
+cell.
 
 Read from the raw config.json. Families that run natively come through ModelSpec, so that both count the same bytes;
 hybrids that only a simulator meets are read by `hybrids`. Equal blocks are one object, counted.
@@ -29,7 +30,8 @@ class Attention:
 @dataclass(frozen=True, slots=True)
 class Recurrent:
     """A layer with a state of fixed size: gated delta net, Mamba, short convolution. in_width: columns of its input
-    projection; out_width: rows of its output projection; state: elements of a sequence's state, in state_bytes each.
+    projection; out_width: rows of its output projection; state: elements of a sequence's state, in state_bytes
+    each.
     """
 
     in_width: int
@@ -145,11 +147,16 @@ def native_dtype(config: Mapping[str, Any]) -> str:
 
 
 def from_spec(spec: ModelSpec, name: str, native: str = "bf16") -> ModelIR:
-    blocks = tuple(
-        Block(_mixer(spec.attention, layer.window), _mlp(layer.mlp)) for layer in spec.layers
-    )
+    blocks = tuple(Block(_mixer(spec.attention, layer.window), _mlp(layer.mlp)) for layer in spec.layers)
     bare = ModelIR(
-        name, spec.hidden_size, spec.vocab_size, blocks, spec.tied_embeddings, spec.max_positions, native, spec
+        name,
+        spec.hidden_size,
+        spec.vocab_size,
+        blocks,
+        spec.tied_embeddings,
+        spec.max_positions,
+        native,
+        spec,
     )
     # What is left of the exact count is norms, biases and routers' corrections: spread evenly.
     rest, layers = spec.num_parameters - bare.num_parameters, len(blocks)

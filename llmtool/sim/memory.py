@@ -65,7 +65,9 @@ def stage_weights(ir: ModelIR, plan: ParallelPlan, first: int, count: int, dtype
     narrow, wide = WEIGHT_BYTES[dtype], 2.0
     total = 0.0
     for block in ir.blocks[first : first + count]:
-        total += (mixer_weights(ir, block, plan.tp) + mlp_weights(ir, block, plan)) * narrow + block.extra * wide
+        total += (
+            mixer_weights(ir, block, plan.tp) + mlp_weights(ir, block, plan)
+        ) * narrow + block.extra * wide
         if isinstance(block.mlp, MoE):
             total += ir.hidden * block.mlp.experts * (wide - narrow)
     vocabulary = ir.embedding_parameters / plan.stage * wide
@@ -123,8 +125,10 @@ def device_memory(d: Deployment, device: DeviceSpec) -> DeviceMemory:
     first = 0
     for count in d.plan.stages(d.ir.num_layers):
         layers = kv_layers(d.ir, d.plan, first, count, d.kv_dtype)
-        group = uniform_group(layers, d.block_size) if layers else uniform_group(
-            [LayerCacheSpec(0, 1, 1, 0, 1)], d.block_size
+        group = (
+            uniform_group(layers, d.block_size)
+            if layers
+            else uniform_group([LayerCacheSpec(0, 1, 1, 0, 1)], d.block_size)
         )
         weights = stage_weights(d.ir, d.plan, first, count, d.dtype)
         states = state_bytes(d.ir, d.plan, first, count) * d.max_seqs

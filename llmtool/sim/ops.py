@@ -12,8 +12,16 @@ from importlib.resources import files
 from llmtool.hardware import DeviceSpec
 from llmtool.sim.grid import Grid, Tables
 
-WEIGHT_BYTES = {"bf16": 2.0, "fp8": 1.0, "fp8_block": 1.0, "int8": 1.0, "fp4": 0.5625, "int4": 0.53125}  # with scales of fp4 and int4
-KV_BYTES = {"bf16": 2, "fp8": 1}
+WEIGHT_BYTES = {
+    "fp32": 4.0,
+    "bf16": 2.0,
+    "fp8": 1.0,
+    "fp8_block": 1.0,
+    "int8": 1.0,
+    "fp4": 0.5625,
+    "int4": 0.53125,
+}  # with scales of fp4 and int4
+KV_BYTES = {"fp32": 4, "bf16": 2, "fp8": 1}
 LAUNCH = 3e-6  # seconds of the shortest kernel
 # What kernels reach without a table: of peak, of bandwidth.
 COMPUTE_SHARE, MEMORY_SHARE = 0.7, 0.8
@@ -106,8 +114,11 @@ class Ops:
             self._memo[key] = self._cost(f"moe/{dtype}", at, flops, nbytes, dtype)
         return self._memo[key]
 
-    def latent(self, phase: str, n: float, length: float, heads: int, work: tuple[float, float], kv: str) -> Cost:
-        """A whole module of latent attention, projections and all; phase: prefill | decode; work: (flops, bytes)."""
+    def latent(
+        self, phase: str, n: float, length: float, heads: int, work: tuple[float, float], kv: str
+    ) -> Cost:
+        """A whole module of latent attention, projections and all; phase: prefill | decode; work: (flops,
+        bytes)."""
         return self._cost(f"latent_{phase}/{kv}", (n, length, heads), *work, "bf16")
 
     def knows(self, key: str) -> bool:
@@ -127,10 +138,13 @@ def _nearest_dim(dim: int) -> int:
 
 def gemm_work(m: float, n: int, k: int, dtype: str) -> tuple[float, float]:
     size = WEIGHT_BYTES[dtype]
-    return 2.0 * m * n * k, size * n * k + min(size, 2.0) * m * k + 2.0 * m * n
+    wide = max(2.0, size if dtype == "fp32" else 0.0)
+    return 2.0 * m * n * k, size * n * k + min(size, wide) * m * k + wide * m * n
 
 
-def prefill_work(n: float, length: float, heads: int, kv_heads: int, dim: int, kv: str) -> tuple[float, float]:
+def prefill_work(
+    n: float, length: float, heads: int, kv_heads: int, dim: int, kv: str
+) -> tuple[float, float]:
     flops = 2.0 * n * length * (length + 1) * heads * dim
     return flops, n * length * dim * (4.0 * heads + 2.0 * kv_heads * KV_BYTES[kv])
 

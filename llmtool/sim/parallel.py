@@ -1,4 +1,5 @@
-"""ParallelPlan: how one model is spread over devices (APEX, section 3.2: model-level DP x PP x cell-level DP x TP or EP)."""
+"""ParallelPlan: how one model is spread over devices (APEX, section 3.2: model-level DP x PP x cell-level DP x TP
+or EP)."""
 
 from __future__ import annotations
 
@@ -11,9 +12,10 @@ from llmtool.sim.ir import Attention, ModelIR, MoE, Recurrent
 class ParallelPlan:
     """dp engines side by side; each a pipeline of pp stages; a stage has attention_dp groups of tp devices.
 
-    Mixers (attention) are cut over tp devices, and each of the attention_dp groups holds all of them and serves its own
-    sequences. MLPs are cut over the whole stage: dense ones into tp * attention_dp parts, mixtures by experts into ep
-    groups and each expert into tp * attention_dp / ep parts. layers: of each stage; empty is as even as can be.
+    Mixers (attention) are cut over tp devices, and each of the attention_dp groups holds all of them and serves
+    its own sequences. MLPs are cut over the whole stage: dense ones into tp * attention_dp parts, mixtures by
+    experts into ep groups and each expert into tp * attention_dp / ep parts. layers: of each stage; empty is as
+    even as can be.
     """
 
     tp: int = 1
@@ -42,7 +44,13 @@ class ParallelPlan:
         return self.stage // self.ep
 
     def __str__(self) -> str:
-        parts = [("DP", self.dp), ("PP", self.pp), ("attention-DP", self.attention_dp), ("TP", self.tp), ("EP", self.ep)]
+        parts = [
+            ("DP", self.dp),
+            ("PP", self.pp),
+            ("attention-DP", self.attention_dp),
+            ("TP", self.tp),
+            ("EP", self.ep),
+        ]
         text = " ".join(f"{name}{size}" for name, size in parts if size > 1)
         uneven = len(set(self.layers)) > 1
         return (text or "one device") + (f" layers {'+'.join(map(str, self.layers))}" if uneven else "")
@@ -61,7 +69,9 @@ def why_invalid(plan: ParallelPlan, ir: ModelIR) -> str:
         return "Every degree must be at least 1."
     if plan.pp > ir.num_layers:
         return f"{ir.num_layers} layers are too few for {plan.pp} stages."
-    if plan.layers and (sum(plan.layers) != ir.num_layers or len(plan.layers) != plan.pp or min(plan.layers) < 1):
+    if plan.layers and (
+        sum(plan.layers) != ir.num_layers or len(plan.layers) != plan.pp or min(plan.layers) < 1
+    ):
         return f"The stages' layers must be {plan.pp} positive numbers that sum to {ir.num_layers}."
     if plan.stage % plan.ep:
         return f"{plan.ep} groups of experts do not divide a stage of {plan.stage} devices."
@@ -71,7 +81,11 @@ def why_invalid(plan: ParallelPlan, ir: ModelIR) -> str:
         if isinstance(block.mixer, Attention):
             if block.mixer.heads % plan.tp:
                 return f"{block.mixer.heads} heads do not divide over TP{plan.tp}."
-            if block.mixer.latent is None and plan.tp % block.mixer.kv_heads and block.mixer.kv_heads % plan.tp:
+            if (
+                block.mixer.latent is None
+                and plan.tp % block.mixer.kv_heads
+                and block.mixer.kv_heads % plan.tp
+            ):
                 return f"{block.mixer.kv_heads} KV heads neither divide nor repeat over TP{plan.tp}."
         if isinstance(block.mixer, Recurrent) and block.mixer.heads > 1 and block.mixer.heads % plan.tp:
             return f"{block.mixer.heads} heads of the recurrent layers do not divide over TP{plan.tp}."

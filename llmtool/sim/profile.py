@@ -1,8 +1,8 @@
 """A layer-wise profile of one model on one card, as tables: the folders of LLMServingSim 2.0 (MIT).
 
 A folder tpN holds dense.csv (layer, tokens, time_us), per_sequence.csv (lm_head), attention.csv (prefill_chunk,
-kv_prefill, n_decode, kv_decode, time_us) and, for mixtures, moe.csv (tokens, activated_experts, time_us). Its matrices
-become curves of their exact shapes.
+kv_prefill, n_decode, kv_decode, time_us) and, for mixtures, moe.csv (tokens, activated_experts, time_us). Its
+matrices become curves of their exact shapes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def import_profile(directory: str | Path, ir: ModelIR, tp: int, device: DeviceSp
     head = _rows(folder / "per_sequence.csv", "layer")["lm_head"]
     grids[f"gemm/bf16/{ir.vocab // tp}x{hidden}"] = _gemm_curve(ops, head, ir.vocab // tp, hidden)
     points = np.array([(6.0 * hidden * m, t) for m, t in dense["layernorm"]])
-    grids["stream"] = fit_grid((_STREAM,), points[:, :1], np.log(points[:, 1] * device.bandwidth / points[:, 0]))
+    grids["stream"] = fit_grid(
+        (_STREAM,), points[:, :1], np.log(points[:, 1] * device.bandwidth / points[:, 0])
+    )
     grids |= _attention(folder / "attention.csv", ops, heads, kv_heads, dim)
     if isinstance(mlp, MoE):
         grids["moe/bf16"] = _experts(folder / "moe.csv", ops, ir, mlp, tp)
@@ -90,7 +92,9 @@ def _attention(path: Path, ops: Ops, heads: int, kv_heads: int, dim: int) -> dic
     d_log = np.log([r["time_us"] * 1e-6 / b for r, b in zip(decode, d_best, strict=True)])
     p_log = np.log([r["time_us"] * 1e-6 / b for r, b in zip(prefill, p_best, strict=True)])
     return {
-        f"decode/bf16/{name}": fit_grid((BATCH[:9], LENGTH[:9], (kv_heads,), (heads / kv_heads,)), d_points, d_log),
+        f"decode/bf16/{name}": fit_grid(
+            (BATCH[:9], LENGTH[:9], (kv_heads,), (heads / kv_heads,)), d_points, d_log
+        ),
         f"prefill/bf16/{name}": fit_grid(((1,), LENGTH[:6], (heads,)), p_points, p_log),
     }
 

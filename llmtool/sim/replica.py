@@ -1,4 +1,4 @@
-"""One engine of a deployment on a virtual clock: the scheduler and allocator of `serve`, with PlanCost for kernels."""
+"""One engine of a deployment on a virtual clock: the scheduler and allocator of `serve`, PlanCost for kernels."""
 
 from __future__ import annotations
 
@@ -213,7 +213,8 @@ class Replica:
         self._sizes[request.id] = (len(request.prompt), request.output)
 
     def advance(self, until: float, stop_at_finish: bool = False) -> None:
-        """Take every step that begins before `until`; with stop_at_finish only up to the first that ends a request."""
+        """Take every step that begins before `until`; with stop_at_finish only up to the first that ends a
+        request."""
         ended = len(self.finished)
         while self.busy and self.next_moment < until:
             self._admit()

@@ -98,8 +98,8 @@ class SimResult:
 
     @cached_property
     def work(self) -> Breakdown:
-        """Seconds by what bounds them, flops and bytes per device, over all steps of all groups: the mean decode step
-        and the mean prompt step, times how many there were."""
+        """Seconds by what bounds them, flops and bytes per device, over all steps of all groups: the mean decode
+        step and the mean prompt step, times how many there were."""
         total = Breakdown()
         for t in self.totals:
             plain = t.steps - t.prompt_steps
@@ -133,7 +133,9 @@ class SimResult:
     def joules(self) -> float:
         """Energy of all devices over the run: power = watts * (0.3 + 0.7 * the larger of MFU and MBU)."""
         power = self.cost.cluster.device.power
-        return self.duration * self.devices * power * (IDLE_SHARE + (1 - IDLE_SHARE) * max(self.utilization()))
+        return (
+            self.duration * self.devices * power * (IDLE_SHARE + (1 - IDLE_SHARE) * max(self.utilization()))
+        )
 
     def holds_for(self, other: Deployment) -> bool:
         """Whether a deployment that differs in its limits alone would have run exactly so: no limit of either was
@@ -145,7 +147,11 @@ class SimResult:
         seqs = max(t.peak_seqs for t in self.totals)
         pages = min(self.memory.pages, device_memory(other, self.cost.cluster.device).pages)
         wanted = self.kv_peak * self.memory.pages + -(-mine.max_len // mine.block_size) + seqs
-        return tokens < min(mine.budget, other.budget) and seqs < min(mine.max_seqs, other.max_seqs) and wanted < pages
+        return (
+            tokens < min(mine.budget, other.budget)
+            and seqs < min(mine.max_seqs, other.max_seqs)
+            and wanted < pages
+        )
 
     @property
     def bound(self) -> str:
@@ -212,10 +218,8 @@ def _closed_loop(replicas: list[Replica], workload: Workload) -> None:
             continue
         for index, row in rows[:clients]:
             replica.add(sim_request(index, row, 0.0))
-        seen = 0
-        for index, row in rows[clients:]:
+        for seen, (index, row) in enumerate(rows[clients:]):
             if seen == len(replica.finished):
                 replica.advance(math.inf, stop_at_finish=True)
             replica.add(sim_request(index, row, replica.finished[seen].finished))
-            seen += 1
         replica.advance(math.inf)

@@ -29,8 +29,9 @@ BOUNDS = ("compute", "memory", "network", "host")
 
 @dataclass(slots=True)
 class Batch:
-    """A step's work for one attention group. decodes: sequences with one token; decode_context: tokens they attend to,
-    summed. chunks: (tokens, computed before) of prompt chunks. samples: sequences whose logits are wanted."""
+    """A step's work for one attention group. decodes: sequences with one token; decode_context: tokens they
+    attend to, summed. chunks: (tokens, computed before) of prompt chunks. samples: sequences whose logits are
+    wanted."""
 
     decodes: int = 0
     decode_context: int = 0

@@ -26,7 +26,8 @@ class Workload:
             raise UsageError(f"The concurrency must be at least 1, not {self.concurrency}.")
         if self.concurrency is None and any(row.arrival is None for row in self.rows):
             raise UsageError(
-                f"The workload {self.name!r} has no arrival times.", "Give --request-rate or --max-concurrency."
+                f"The workload {self.name!r} has no arrival times.",
+                "Give --request-rate or --max-concurrency.",
             )
 
     @property
