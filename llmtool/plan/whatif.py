@@ -14,7 +14,8 @@ from llmtool.sim.ops import KV_BYTES, WEIGHT_BYTES
 from llmtool.sim.parallel import why_invalid
 from llmtool.sim.workload import Workload
 
-QUESTIONS = "rate=FACTOR, device=NAME, dtype=TYPE, kv-dtype=TYPE, model=MODEL, max-num-seqs=N or max-num-batched-tokens=N"
+_NAMES = ("rate=FACTOR", "device=NAME", "dtype=TYPE", "kv-dtype=TYPE", "model=MODEL", "max-num-seqs=N")
+QUESTIONS = ", ".join((*_NAMES, "max-num-batched-tokens=N"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -102,24 +102,28 @@ class PlanExecutor:
             batch.samples += entry.sample
             tokens.append([TOKEN] if entry.sample else [])
         self.last = batch
-        done = self._run(batch) if out.scheduled else max(self._done, self._clock.now())
-        self._queue.append((StepResult(out.step_id, tokens), done))
+        result, done = StepResult(out.step_id, tokens), max(self._done, self._clock.now())
+        if out.scheduled:
+            result.seconds, done = self._run(batch)
+        self._queue.append((result, done))
 
-    def _run(self, batch: Batch) -> float:
-        """The moment the step's result is there."""
+    def _run(self, batch: Batch) -> tuple[float, float]:
+        """What the step takes, and the moment its result is there."""
         cost = self._cost
         now = start = self._clock.now()
         if self.max_in_flight == 1:
-            done = now + cost.seconds(batch)
+            seconds = cost.seconds(batch)
+            done = now + seconds
         else:
             for stage, free in enumerate(self._free):
                 start = max(start, free)
                 start = self._free[stage] = start + cost.stage_seconds(stage, batch)
             done = start + cost.host(batch.decodes + len(batch.chunks))
+            seconds = done - now
         prompt = batch.tokens - batch.decodes
         self._count(now, done, batch, prompt)
         self._done = done
-        return done
+        return seconds, done
 
     def _count(self, now: float, done: float, batch: Batch, prompt: int) -> None:
         t = self.totals
@@ -138,7 +142,8 @@ class PlanExecutor:
 
     def collect(self) -> StepResult:
         result, done = self._queue.popleft()
-        result.seconds = max(0.0, done - self._clock.now())
+        if self.max_in_flight > 1:  # the clock has moved on since the step was submitted
+            result.seconds = max(0.0, done - self._clock.now())
         return result
 
     def quiet(self, n: int, context: int, durations: list[float]) -> None:

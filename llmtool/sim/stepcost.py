@@ -299,14 +299,15 @@ class PlanCost:
         d = self.deployment
         tokens = batch.tokens
         seconds = _interpolate(TOKENS, self._linear[stage], tokens)
+        # In the order of decode_run, so that both round alike.
+        if stage == d.plan.pp - 1 and batch.samples:
+            seconds += _interpolate(TOKENS, self._head, batch.samples)
         if batch.chunks:
             for mixer, times in self._windows[stage].items():
                 cost = self.prefill_attention(mixer, batch.chunks)
                 seconds += times * cost.seconds * self._factor(cost)
         if batch.decodes:
-            seconds += self._decode_row_at(stage, batch.decodes, batch.decode_context / batch.decodes)
-        if stage == d.plan.pp - 1 and batch.samples:
-            seconds += _interpolate(TOKENS, self._head, batch.samples)
+            seconds += _interpolate(CONTEXTS, self._row(stage, batch.decodes), batch.decode_context / batch.decodes)
         return seconds
 
     def host(self, sequences: int) -> float:
@@ -337,9 +338,6 @@ class PlanCost:
                 seconds += _interpolate(TOKENS, self._head, n)
             self._fixed[key] = seconds
         return self._fixed[key]
-
-    def _decode_row_at(self, stage: int, n: int, mean: float) -> float:
-        return _interpolate(CONTEXTS, self._row(stage, n), mean)
 
     def _row(self, stage: int, n: int) -> list[float]:
         """Decoding attention of a stage for n sequences, over CONTEXTS: between two batch sizes of the list."""
