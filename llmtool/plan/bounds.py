@@ -65,7 +65,9 @@ def bounds_of(cost: PlanCost, deployment: Deployment, memory: DeviceMemory, work
     outputs = np.array([row.output_len for row in workload.rows], dtype=np.float64)
     fresh = np.ones_like(inputs) if d.prefix_caching else inputs  # a cached prompt is one token to compute
     chunks = np.ceil(fresh / budget)
-    ttft = np.maximum(chunks * least_step, fresh * per_token) + engine.request
+    # A prompt's chunks follow each other through a pipeline before the first one is out of it.
+    least_interval = _least_from(interval, 1.0, budget) + host
+    ttft = np.maximum(least_step + (chunks - 1) * least_interval, fresh * per_token) + engine.request
     e2e = ttft + np.maximum(0.0, outputs - 1) * least_step
     groups = plan.dp * plan.attention_dp
     decodes = float(np.maximum(0.0, outputs - 1).sum())

@@ -76,6 +76,6 @@ def fit_engine(
         return np.array([*out, *x])
 
     found = least_squares(
-        residuals, np.zeros(len(start)), bounds=(-3.0, 3.0), diff_step=0.05, x_scale=1.0, max_nfev=evaluations
+        residuals, np.zeros(len(start)), bounds=(-6.0, 6.0), diff_step=0.05, x_scale=1.0, max_nfev=evaluations
     )
     return profile(found.x)

@@ -29,9 +29,9 @@ class Lengths:
 
 NAMED: Mapping[str, Lengths] = {
     "chat": Lengths(161, 338, 1.0, 1.0, (2048, 2048), "ShareGPT, PagedAttention (2309.06180), section 6.1"),
-    "conversation": Lengths(1155, 211, 0.99, 0.86, (8192, 1024), "Azure conversation trace 2023 (Splitwise)"),
-    "code": Lengths(2048, 28, 1.36, 0.85, (8192, 1024), "Azure code trace 2023 (Splitwise)"),
-    "summarization": Lengths(2588, 291, 0.75, 0.80, (8192, 2048), "arXiv summaries as in Vidur"),
+    "conversation": Lengths(1155, 211, 0.50, 0.99, (8192, 1024), "Azure conversation trace 2023 (Splitwise)"),
+    "code": Lengths(2048, 28, 0.82, 1.24, (8192, 1024), "Azure code trace 2023 (Splitwise)"),
+    "summarization": Lengths(2588, 291, 0.40, 1.05, (8192, 2048), "arXiv summaries as in Vidur"),
     "creation": Lengths(325, 798, 0.21, 0.30, (1024, 2048), "creation requests of APEX (2411.17651)"),
 }
 

@@ -307,7 +307,9 @@ class PlanCost:
                 cost = self.prefill_attention(mixer, batch.chunks)
                 seconds += times * cost.seconds * self._factor(cost)
         if batch.decodes:
-            seconds += _interpolate(CONTEXTS, self._row(stage, batch.decodes), batch.decode_context / batch.decodes)
+            seconds += _interpolate(
+                CONTEXTS, self._row(stage, batch.decodes), batch.decode_context / batch.decodes
+            )
         return seconds
 
     def host(self, sequences: int) -> float:

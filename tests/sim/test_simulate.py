@@ -217,7 +217,9 @@ def test_prefill_and_decode_apart() -> None:
     busy = load(80, 60.0, 2)
     apart = simulate_split(split, cluster, ops, busy)
     assert apart.devices == 2 and len(apart.finished) == 80
-    assert apart.statistic("tpot", 99) < run(deployment(ParallelPlan(), max_seqs=64), busy).statistic("tpot", 99)
+    assert apart.statistic("tpot", 99) < run(deployment(ParallelPlan(), max_seqs=64), busy).statistic(
+        "tpot", 99
+    )
 
 
 def test_a_sequence_that_does_not_fit_is_refused() -> None:

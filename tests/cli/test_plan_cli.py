@@ -1,0 +1,159 @@
+"""`llmtool plan` from outside: what a user types, gets and is told."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmtool.bench.result import read_result
+from llmtool.cli.app import app
+from tests.bench.made import made_records, made_result, made_run
+from tests.sim.test_plan_memory import known
+
+SMALL = ["plan", "smollm2-360m", "--device", "l4", "--num-prompts", "20", "--processes", "1"]
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def document(*arguments: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(CliRunner().invoke(app, [*arguments, "--json", "-q"]).stdout)
+    return data
+
+
+def test_a_plan_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMTOOL_CACHE", str(tmp_path / "cache"))
+    files = {name: str(tmp_path / name) for name in ("plan.toml", "r.html", "p.json")}
+    flags = [
+        "-o",
+        files["plan.toml"],
+        "--html",
+        files["r.html"],
+        "--perfetto",
+        files["p.json"],
+        "--price",
+        "0.7",
+    ]
+    asks = ["--what-if", "rate=2", "--what-if", "device=l40s", "--slo", "ttft:p99:5000", "--capacity"]
+    data = document(*SMALL, "--num-devices", "2", "--objective", "cost", *flags, *asks)
+    counts = data["counts"]
+    assert counts["enumerated"] == sum(v for k, v in counts.items() if k != "enumerated")
+    best = data["plans"][0]
+    assert best["rank"] == 1 and best["usd_per_million_tokens"] == pytest.approx(best["loss"])
+    assert (
+        best["lower_bound"] <= best["loss"] and best["meets_slos"] and any(p["pareto"] for p in data["plans"])
+    )
+    assert data["tier"] == "borrowed efficiencies" and data["error_band"] == 0.3
+    assert data["price"] == {"usd_per_hour": 0.7, "note": "given"}
+    assert [a["question"] for a in data["what_if"]] == ["rate=2", "device=l40s"]
+    assert data["capacity"]["held"] > 4 and data["heuristic"]["speedup"] >= 1
+    assert data["launch"]["vllm"][0].split()[-1] and "HuggingFaceTB/SmolLM2-360M" in data["launch"]["vllm"][0]
+    words = shlex.split(data["launch"]["bench"])
+    assert words[words.index("--dataset-path") + 1] == str(tmp_path / "plan.trace.csv")
+    assert len((tmp_path / "plan.trace.csv").read_text().splitlines()) == 21
+    assert (
+        "<svg" in Path(files["r.html"]).read_text()
+        and json.loads(Path(files["p.json"]).read_text())["traceEvents"]
+    )
+
+
+def test_one_device_serves_its_plan(tmp_path: Path) -> None:
+    file = str(tmp_path / "plan.toml")
+    shown = call(*SMALL, "--num-devices", "1", "-o", file, "-q")
+    assert f"llmtool serve --plan {file}" in re.sub(r"\s+", " ", shown)
+    settings = json.loads(call("serve", "--plan", file, "--max-num-seqs", "7", "--print-config", "--json"))
+    assert settings["model"] == "smollm2-360m" and settings["max_num_seqs"] == 7  # flags win
+    assert (
+        settings["max_num_batched_tokens"]
+        == document(*SMALL, "--num-devices", "1")["plans"][0]["max_num_batched_tokens"]
+    )
+
+
+def test_a_plan_of_several_devices_is_not_served_here(tmp_path: Path) -> None:
+    file = str(tmp_path / "plan.toml")
+    call(*SMALL, "--num-devices", "2", "-o", file, "-q")
+    assert "one process" in call("serve", "--plan", file, code=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["plan"], 2, "A model is missing"),
+        (["plan", "smollm2-360m"], 2, "A device is missing"),
+        (["plan", "no-such-model", "--device", "h100"], 1, "neither in the catalogue"),
+        (["plan", "smollm2-360m", "--device", "abacus"], 2, "known are h100"),
+        ([*SMALL, "--slo", "ttft:p99:500", "--slo", "e2el:p99:100"], 2, "contradict"),
+        ([*SMALL, "--objective", "cost"], 2, "price of l4 is not known"),
+        ([*SMALL, "--objective", "fun"], 2, "objective 'fun' is unknown"),
+        ([*SMALL, "--dtype", "fp3"], 2, "--dtype cannot be 'fp3'"),
+        ([*SMALL, "--workload", "poetry"], 2, "workload 'poetry' is unknown"),
+        ([*SMALL, "--request-rate", "2", "--max-concurrency", "3"], 2, "exclude each other"),
+        ([*SMALL, "--trace", "/nowhere.csv"], 2, "Cannot read the trace"),
+        ([*SMALL, "--num-devices", "2", "--slo", "tpot:p50:0.0001"], 4, "No plan meets"),
+        ([*SMALL, "--num-devices", "1", "--what-if", "weather=rain"], 2, "no question"),
+        (
+            ["plan", "llama-3.1-405b", "--device", "l4", "--num-devices", "2"],
+            4,
+            "smallest cluster that holds it is",
+        ),
+        (["plan", "--calibrate", "x.json"], 2, "Give --plan"),
+        (["plan", "--import-tables", ".", "--device", "h100"], 2, "-o FILE.npz"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments: list[str], code: int, says: str) -> None:
+    shown = re.sub(r"\s+", " ", call(*arguments, code=code))
+    assert says in shown and "Traceback" not in shown
+
+
+def test_an_empty_trace(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("num_prefill_tokens,num_decode_tokens\n")
+    assert "no usable request" in call(*SMALL, "--trace", str(tmp_path / "t.csv"), code=2)
+
+
+def test_the_catalogue() -> None:
+    data = document("plan", "--list")
+    assert "llama-3.1-70b" in data["models"] and "h100" in data["devices"] and "vllm" in data["engines"]
+    assert known("llama-3.1-70b").num_layers == 80
+
+
+def test_a_bench_result_calibrates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own file, ours and SGLang's lines: the constants move towards what was measured, and are used from
+    then."""
+    monkeypatch.setenv("LLMTOOL_CACHE", str(tmp_path / "cache"))
+    plan = str(tmp_path / "plan.toml")
+    before = document(*SMALL, "--num-devices", "1", "-o", plan)
+    slow = {
+        "duration": 20.0,
+        "completed": 10,
+        "input_lens": [100] * 10,
+        "output_lens": [50] * 10,
+        "ttfts": [0.2] * 10,
+        "itls": [[0.04] * 49] * 10,
+        "errors": [""] * 10,
+        "start_times": [2.0 * i for i in range(10)],
+        "request_rate": 0.5,
+    }
+    (tmp_path / "vllm.json").write_text(json.dumps(slow))
+    (tmp_path / "sglang.jsonl").write_text(
+        json.dumps({k: v for k, v in slow.items() if k != "start_times"}) + "\n"
+    )
+    for name in ("vllm.json", "sglang.jsonl"):
+        found = document("plan", "--calibrate", str(tmp_path / name), "--plan", plan)
+        tpot = next(f for f in found["figures"] if f["name"] == "tpot")
+        assert abs(tpot["after"] / tpot["measured"] - 1) < 0.1 < abs(tpot["before"] / tpot["measured"] - 1)
+    after = document(*SMALL, "--num-devices", "1")
+    assert (
+        after["tier"] == "calibrated"
+        and after["plans"][0]["mean_tpot_ms"] > 2 * before["plans"][0]["mean_tpot_ms"]
+    )
+    ours = tmp_path / "ours.json"
+    made_result(made_run(made_records(0, n=12), 10.0)).write(ours)
+    assert len(read_result(ours).runs) == 1
+    assert "constants" in document("plan", "--calibrate", str(ours), "--plan", plan)
