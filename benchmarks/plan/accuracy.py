@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import tomllib
 from collections import defaultdict
@@ -34,35 +35,46 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import Case, apex, per_request, silicon
 from common import machine
+from results import RESULTS
 
 from llmtool.errors import LLMToolError
 from llmtool.plan.fit import Observation, figure, fit_engine
 from llmtool.sim.engines import FITTED, EngineProfile, find_engine, load_engines
 
 DATA = Path(os.environ.get("LLMTOOL_DATA", "../shared/data")) / "plan-truth"
-RESULTS = Path(__file__).parent / "results"
 ENGINES = Path(__file__).parents[2] / "llmtool" / "sim" / "engines.toml"
 FIT_APEX = ("llama_lmsys_05_validation_8TP", "llama_creation_05_validation_2DP4TP_1")
-FIT_ROWS = 14
-FIT_MODELS = {"vllm": "llama-3.1-70b", "sglang": "llama-3.1-8b", "trtllm": "llama-3.1-70b"}
+FIT_ROWS = 10
+# What each profile is fitted on: (engine, device or "" for any, model).
+FITS = {
+    "vllm@h100": ("vllm", "h100", "llama-3.1-70b"),
+    "vllm@h200": ("vllm", "h200", "llama-3.1-70b"),
+    "vllm@b200": ("vllm", "b200", "llama-3.1-70b"),
+    "sglang": ("sglang", "", "llama-3.1-8b"),
+    "trtllm": ("trtllm", "", "llama-3.1-70b"),
+}
 
 
 def in_fit_half(case: Case) -> bool:
     return int(hashlib.sha256(case.split.encode()).hexdigest(), 16) % 2 == 0
 
 
-def fit_cases(cases: Sequence[Case], engine: str) -> list[Case]:
-    if engine == "vllm-0.6":
+def fit_cases(cases: Sequence[Case], name: str) -> list[Case]:
+    if name == "vllm-0.6":
         return [c for c in cases if c.id in FIT_APEX]
-    own = [c for c in cases if c.source == "silicon" and c.engine == engine and c.model == FIT_MODELS[engine]]
-    own = sorted((c for c in own if in_fit_half(c)), key=lambda c: hashlib.sha256(c.id.encode()).hexdigest())
-    return own[:FIT_ROWS]
+    engine, device, model = FITS[name]
+    own = [
+        c
+        for c in cases
+        if c.source == "silicon" and c.engine == engine and c.model == model and in_fit_half(c)
+    ]
+    own = [c for c in own if device in ("", c.device) and c.extra["precision"] == "fp8"]
+    return sorted(own, key=lambda c: hashlib.sha256(c.id.encode()).hexdigest())[:FIT_ROWS]
 
 
-def fit(cases: Sequence[Case]) -> None:
-    """Fit every engine that has cases, and write llmtool/sim/engines.toml."""
-    profiles = load_engines()
-    for name in ("vllm-0.6", "vllm", "sglang", "trtllm"):
+def fit(cases: Sequence[Case], only: Sequence[str]) -> None:
+    """Fit every profile that has cases, and write llmtool/sim/engines.toml."""
+    for name in only or ("vllm-0.6", *FITS):
         chosen = fit_cases(cases, name)
         if not chosen:
             continue
@@ -70,24 +82,18 @@ def fit(cases: Sequence[Case]) -> None:
         for case in chosen:
             measured = {k: v for k, v in case.measured.items() if k in ("ttft", "tpot", "tpot_tokens")}
             observations.append(Observation(case.run, measured))
-        profile = fit_engine(profiles[name], observations, evaluations=6)
-        source = (
-            ", ".join(c.id for c in chosen)
-            if name == "vllm-0.6"
-            else (
-                f"{len(chosen)} rows of {FIT_MODELS[name]} of AIConfigurator's silicon sample, chosen by a hash"
-            )
-        )
-        profiles[name] = replace(profile, source=source)
-        print(profiles[name], flush=True)
-    write_engines(profiles)
+        profile = fit_engine(find_engine(name.split("@")[0]), observations, evaluations=5)
+        where = "APEX" if name == "vllm-0.6" else "AIConfigurator's silicon sample"
+        source = f"{where}: {', '.join(c.id for c in chosen)}"
+        print(name, profile, flush=True)
+        write_engines({**load_engines(), name: replace(profile, source=source)})
 
 
 def write_engines(profiles: dict[str, EngineProfile]) -> None:
     lines = ["# Constants of engines; see EngineProfile. Fitted by benchmarks/plan/accuracy.py --fit."]
     default = EngineProfile("", 0.0)
     for name, p in profiles.items():
-        lines += ["", f'["{name}"]' if "." in name else f"[{name}]"]
+        lines += ["", f'["{name}"]' if "." in name or "@" in name else f"[{name}]"]
         for key in (*FITTED, "budget", "max_seqs", "utilization", "reserve"):
             value = getattr(p, key)
             if value != getattr(default, key) or key == "host_step":
@@ -98,7 +104,7 @@ def write_engines(profiles: dict[str, EngineProfile]) -> None:
 
 
 def score(case: Case) -> dict[str, Any] | None:
-    engine = find_engine(case.engine)
+    engine = find_engine(case.engine, case.device)
     if case.source == "per_request":
         engine = replace(engine, request=0.0)  # its moments are the engine's own, not a client's
     try:
@@ -223,8 +229,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--fit-only", nargs="*", default=[], help="profiles to fit, such as vllm@h100")
     parser.add_argument("--only", nargs="*", default=["apex", "silicon", "per_request"])
     parser.add_argument("--every", type=int, default=1, help="score every n-th silicon row")
+    parser.add_argument("--match", default="", help="score silicon rows whose id matches this expression")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("-o", "--output", default="accuracy")
     args = parser.parse_args()
@@ -232,26 +240,29 @@ def main() -> None:
     if "apex" in args.only and (args.data / "apex_measured").exists():
         cases += apex(args.data / "apex_measured")
     if "silicon" in args.only:
-        cases += list(silicon(args.data / "aiconfigurator" / "silicon_sample.csv.gz"))[:: args.every]
+        rows = list(silicon(args.data / "aiconfigurator" / "silicon_sample.csv.gz"))
+        cases += [c for c in rows if re.search(args.match, f"{c.id} {c.model} {c.engine} {c.device}")][
+            :: args.every
+        ]
     if "per_request" in args.only and (args.data / "llmservingsim_bench").exists():
         cases += per_request(args.data / "llmservingsim_bench", args.data / "llmservingsim_profile")
     if args.fit:
-        fit(cases)
+        fit(cases, args.fit_only)
     with ProcessPoolExecutor(args.processes) as pool:
-        rows = [r for r in pool.map(score, cases, chunksize=4) if r is not None]
+        scored = [r for r in pool.map(score, cases, chunksize=4) if r is not None]
     report = {
-        "summaries": summaries(rows),
-        "choices": choices(rows),
+        "summaries": summaries(scored),
+        "choices": choices(scored),
         "engines": {k: {f: getattr(p, f) for f in (*FITTED, "source")} for k, p in load_engines().items()},
     }
     print(json.dumps(report["summaries"], indent=1))
     print(json.dumps(report["choices"], indent=1)[:4000])
     RESULTS.mkdir(exist_ok=True)
-    rows = [{k: v for k, v in r.items() if k not in ("group", "extra", "measured")} for r in rows]
-    for r in rows:
+    kept = [{k: v for k, v in r.items() if k not in ("group", "extra", "measured")} for r in scored]
+    for r in kept:
         for key in ("errors", "predicted"):
             r[key] = {k: round(v, 4) for k, v in r.get(key, {}).items()}
-    lines = ",\n".join(json.dumps(r) for r in rows)
+    lines = ",\n".join(json.dumps(r) for r in kept)
     text = json.dumps({**report, "machine": machine()}, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]\n}}\n'
     (RESULTS / f"{args.output}.json").write_text(text)
 

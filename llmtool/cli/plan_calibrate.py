@@ -18,7 +18,7 @@ from llmtool.plan.calibration import calibrate, store
 from llmtool.plan.fit import Observation
 from llmtool.plan.planfile import PlanFile, read_plan
 from llmtool.sim.deployment import Deployment
-from llmtool.sim.engines import EngineProfile, find_engine
+from llmtool.sim.engines import FITTED, EngineProfile, find_engine
 from llmtool.sim.grid import Tables
 from llmtool.sim.ops import Ops, load_pack
 from llmtool.sim.simulate import SimResult, simulate
@@ -40,7 +40,7 @@ def calibrate_from(output: Output, a: Mapping[str, Any]) -> None:
         )
     plan = read_plan(a["plan_file"])
     device = find_device(a["device"] or plan.device, a["devices_file"])
-    base = find_engine(plan.engine)
+    base = find_engine(plan.engine, device.name)
     tables = Tables.load(a["tables"]) if a["tables"] else load_pack(device)
     freedom = FREEDOM["none" if tables is None else "own" if device.measured else "borrowed"]
     cluster = Cluster(device, plan.plan.devices, a["devices_per_node"])
@@ -62,10 +62,7 @@ def calibrate_from(output: Output, a: Mapping[str, Any]) -> None:
             "device": device.name,
             "engine": base.name,
             "path": str(target),
-            "constants": {
-                k: getattr(found.profile, k)
-                for k in ("host_step", "host_seq", "compute", "memory", "network", "request")
-            },
+            "constants": {k: getattr(found.profile, k) for k in FITTED},
             "figures": [{"name": n, "measured": m, "before": b, "after": x} for n, m, b, x in found.errors],
         }
     )

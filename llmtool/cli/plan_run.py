@@ -448,12 +448,12 @@ def show_catalogue(output: Output, devices_file: str | None) -> None:
         {
             "models": names(),
             "devices": {n: d.title for n, d in devices.items()},
-            "engines": {n: p.source for n, p in load_engines().items()},
+            "engines": {n: p.source for n, p in load_engines().items() if "@" not in n},
             "workloads": {n: w.source for n, w in NAMED.items()},
         }
     )
     output.line(f"Models: {', '.join(names())}")
-    output.line(f"Engines: {', '.join(load_engines())}")
+    output.line(f"Engines: {', '.join(n for n in load_engines() if '@' not in n)}")
     output.line(f"Workloads: {', '.join(NAMED)}")
     output.table(
         "Devices", ("name", "title", "TFLOPS bf16", "GB", "GB/s"), [_device_row(d) for d in devices.values()]

@@ -51,7 +51,7 @@ def path() -> Path:
 
 def engine_for(device: str, name: str, file: Path | None = None) -> tuple[EngineProfile, bool]:
     """The profile of an engine on a device, and whether it was calibrated there."""
-    profile = find_engine(name)
+    profile = find_engine(name, device)
     table = _read(file or path()).get(f"{device}/{name}")
     if table is None:
         return profile, False

@@ -22,6 +22,7 @@ PRIORS: Mapping[str, float] = {
     "compute": 0.15,
     "memory": 0.07,
     "network": 0.3,
+    "attention": 0.3,
     "request": 0.7,
 }
 # Standard deviation of a measured figure's logarithm. TTFT also hangs on the client.

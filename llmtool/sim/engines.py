@@ -15,7 +15,8 @@ from llmtool.errors import UsageError
 @dataclass(frozen=True, slots=True)
 class EngineProfile:
     """host_step, host_seq: seconds of the host per step and per sequence in it that kernels do not hide. compute,
-    memory, network: factors on the times of kernels bound by each, and of collectives. request: seconds from a
+    memory, network: factors on the times of kernels bound by each, and of collectives; attention: one more on
+    that of prompts. request: seconds from a
     client's sending to the scheduler, and back. budget, max_seqs: defaults of a step. reserve: bytes of a device
     beside weights, KV and activations. source: what the constants were fitted on.
     """
@@ -26,6 +27,7 @@ class EngineProfile:
     compute: float = 1.0
     memory: float = 1.0
     network: float = 1.0
+    attention: float = 1.0
     request: float = 0.0
     budget: int = 8192
     max_seqs: int = 256
@@ -34,17 +36,19 @@ class EngineProfile:
     source: str = ""
 
 
-FITTED = ("host_step", "host_seq", "compute", "memory", "network", "request")
+FITTED = ("host_step", "host_seq", "compute", "memory", "network", "attention", "request")
 
 
 def load_engines() -> dict[str, EngineProfile]:
-    """The built-in profiles by name."""
+    """The built-in profiles by name; NAME@DEVICE are those of one device."""
     tables = tomllib.loads((files("llmtool.sim") / "engines.toml").read_text(encoding="utf-8"))
-    return {name: EngineProfile(name, **table) for name, table in tables.items()}
+    return {name: EngineProfile(name.split("@")[0], **table) for name, table in tables.items()}
 
 
-def find_engine(name: str) -> EngineProfile:
+def find_engine(name: str, device: str = "") -> EngineProfile:
+    """The profile of an engine, on a device where it was fitted there. Raises UsageError for an unknown engine."""
     engines = load_engines()
-    if name not in engines:
-        raise UsageError(f"The engine {name!r} is unknown.", f"Known: {', '.join(engines)}.")
-    return engines[name]
+    if name not in engines or "@" in name:
+        known = ", ".join(n for n in engines if "@" not in n)
+        raise UsageError(f"The engine {name!r} is unknown.", f"Known: {known}.")
+    return engines.get(f"{name}@{device}", engines[name])

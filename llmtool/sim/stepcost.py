@@ -305,7 +305,7 @@ class PlanCost:
         if batch.chunks:
             for mixer, times in self._windows[stage].items():
                 cost = self.prefill_attention(mixer, batch.chunks)
-                seconds += times * cost.seconds * self._factor(cost)
+                seconds += times * cost.seconds * self._factor(cost) * d.engine.attention
         if batch.decodes:
             seconds += _interpolate(
                 CONTEXTS, self._row(stage, batch.decodes), batch.decode_context / batch.decodes
