@@ -212,7 +212,9 @@ class _Search:
             candidates = sorted(outcomes, key=lambda o: o.bound)[:FULL]
         # The plans asked for and the most promising ones set the mark that bounds are held against.
         order = sorted(candidates, key=lambda o: o.bound)
-        seeds = [o for o in order if o.deployment in must or o in order[:2]]
+        # Pipelines are left for later: their steps overlap and have to be simulated one by one.
+        cheap = [o for o in order if o.deployment.plan.pp == 1] or order
+        seeds = [o for o in order if o.deployment in must or o in cheap[:2]]
         self._simulate_in_full(seeds, False)
         rest = self._drop_beaten([o for o in order if o.stage != "simulated"])
         self._simulate_in_full(self._halve(rest), False)
@@ -260,7 +262,8 @@ class _Search:
         while order:
             if not exhaustive:
                 order = self._drop_beaten(order)
-            batch, order = order[: 6 * self._workers], order[6 * self._workers :]
+            batch = self._next_plans(order, 2 * self._workers)
+            order = order[len(batch) :]
             text = f"simulating: {done} of {len(candidates)} plans"
             at = 0.5 + 0.5 * done / max(1, len(candidates))
             for o, result in self._map(batch, self._workload, True, text, at):
@@ -269,6 +272,16 @@ class _Search:
                 if o.meets:
                     self._best = min(self._best, o.loss)
             done += len(batch)
+
+    @staticmethod
+    def _next_plans(order: list[Outcome], count: int) -> list[Outcome]:
+        """The head of the order that spans `count` plans: variants of one in a row cost hardly more than one."""
+        seen: set[Any] = set()
+        for i, o in enumerate(order):
+            seen.add((o.deployment.plan, o.deployment.dtype, o.deployment.kv_dtype))
+            if len(seen) > count:
+                return order[:i]
+        return order
 
     def _map(
         self, outcomes: Sequence[Outcome], workload: Workload, full: bool, text: str, at: float | None = None

@@ -157,3 +157,12 @@ def test_a_bench_result_calibrates(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     made_result(made_run(made_records(0, n=12), 10.0)).write(ours)
     assert len(read_result(ours).runs) == 1
     assert "constants" in document("plan", "--calibrate", str(ours), "--plan", plan)
+
+
+def test_disaggregated_plans_stand_beside_the_others() -> None:
+    data = document(*SMALL, "--num-devices", "2", "--disaggregate", "--objective", "latency")
+    split = data["disaggregated"][0]
+    assert split["devices"] == 2 and split["mean_tpot_ms"] > 0
+    assert "request rate" in call(
+        *SMALL, "--disaggregate", "--max-concurrency", "4", "--num-devices", "2", code=2
+    )

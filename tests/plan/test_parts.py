@@ -243,7 +243,7 @@ def test_constants_are_found_again(tmp_path: Path) -> None:
     left = {
         name: max(abs(x / m - 1) for n, m, _, x in found.errors if n == name) for name, *_ in found.errors
     }
-    assert left["tpot"] < 0.02 and left["throughput"] < 0.02 and left["ttft"] < 0.1 and found.residual < 0.1
+    assert left["tpot"] < 0.02 and left["throughput"] < 0.02 and left["ttft"] < 0.15 and found.residual < 0.15
     other = runner(load(60, 25.0, 2))
     result = other.simulate(found.profile)
     assert result.statistic("tpot", None) == pytest.approx(other.measured["tpot"], rel=0.05)
