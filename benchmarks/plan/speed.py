@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -42,32 +44,37 @@ CASES: dict[str, list[str]] = {
         "--num-prompts", "1000",
     ],
 }  # fmt: skip
-SAME = ["llama-3.1-70b", "--device", "h200", "--num-devices", "8", "--dtype", "fp8", "--kv-dtype", "fp8",
+SAME = ["llama-3.1-70b", "--device", "h200", "--num-devices", "8",
         "--input-len", "1024", "--output-len", "256", "--max-concurrency", "128", "--num-prompts", "512",
         "--slo", "ttft:p50:1000", "--slo", "tpot:p50:20", "--objective", "throughput"]  # fmt: skip
 
 
-def ours(arguments: list[str]) -> tuple[float, dict[str, Any]]:
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "llmtool", "plan", *arguments, "--json", "-q"], capture_output=True, text=True
-    )
-    seconds = time.perf_counter() - start
+OFFLINE = {**os.environ, "HF_HUB_OFFLINE": "1"}  # neither waits for a hub
+
+
+def timed(arguments: list[str]) -> tuple[float, float, subprocess.CompletedProcess[str]]:
+    """Wall seconds, CPU seconds of the command and its children, and what it said."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(arguments, capture_output=True, text=True, env=OFFLINE)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return wall, cpu, done
+
+
+def ours(arguments: list[str]) -> tuple[float, float, dict[str, Any]]:
+    wall, cpu, done = timed([sys.executable, "-m", "llmtool", "plan", *arguments, "--json", "-q"])
     if done.returncode not in (0, 4):
         raise SystemExit(done.stderr)
-    return seconds, json.loads(done.stdout)
+    return wall, cpu, json.loads(done.stdout)
 
 
-def theirs(command: str) -> tuple[float, str]:
-    arguments = [command, "cli", "default", "--model-path", "meta-llama/Meta-Llama-3.1-70B", "--system", "h200_sxm",
-                 "--total-gpus", "8", "--backend", "vllm", "--isl", "1024", "--osl", "256", "--ttft", "1000",
-                 "--tpot", "20"]  # fmt: skip
-    start = time.perf_counter()
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
+def theirs(command: str) -> tuple[float, float, str]:
+    question = ["--model-path", "meta-llama/Meta-Llama-3.1-70B", "--system", "h200_sxm", "--total-gpus", "8"]
+    question += ["--backend", "vllm", "--isl", "1024", "--osl", "256", "--ttft", "1000", "--tpot", "20"]
+    wall, cpu, done = timed([command, "cli", "default", *question])
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-    return seconds, done.stdout
+    return wall, cpu, done.stdout + done.stderr
 
 
 def main() -> None:
@@ -77,27 +84,32 @@ def main() -> None:
     parser.add_argument("--case", default="", help="only the cases that match")
     args = parser.parse_args()
     times: dict[str, list[float]] = {}
+    cpus: dict[str, list[float]] = {}
     found: dict[str, Any] = {}
     text = ""
     cases = {k: v for k, v in CASES.items() if re.search(args.case, k)}
     for _ in range(args.repeats):
         for name, arguments in cases.items():
-            seconds, document = ours(arguments)
-            times.setdefault(name, []).append(seconds)
+            wall, cpu, document = ours(arguments)
+            times.setdefault(name, []).append(wall)
+            cpus.setdefault(name, []).append(cpu)
             found[name] = {"counts": document["counts"], "best": document["plans"][0]["plan"]}
         if args.aiconfigurator:
-            seconds, document = ours(SAME)
-            times.setdefault("side by side, llmtool", []).append(seconds)
+            wall, cpu, document = ours(SAME)
+            times.setdefault("side by side, llmtool", []).append(wall)
+            cpus.setdefault("side by side, llmtool", []).append(cpu)
             keys = ("plan", "max_num_batched_tokens", "max_num_seqs", "output_tokens_per_s_per_device",
                     "mean_ttft_ms", "mean_tpot_ms")  # fmt: skip
             found["side by side, llmtool"] = {
                 "counts": document["counts"], "best": {k: document["plans"][0][k] for k in keys}
             }  # fmt: skip
-            seconds, text = theirs(args.aiconfigurator)
-            times.setdefault("side by side, aiconfigurator", []).append(seconds)
+            wall, cpu, text = theirs(args.aiconfigurator)
+            times.setdefault("side by side, aiconfigurator", []).append(wall)
+            cpus.setdefault("side by side, aiconfigurator", []).append(cpu)
     report: dict[str, Any] = {
         name: {
             "median_s": round(statistics.median(t), 2),
+            "median_cpu_s": round(statistics.median(cpus[name]), 2),
             "all_s": [round(x, 2) for x in t],
             **found.get(name, {}),
         }
