@@ -45,7 +45,7 @@ CASES: dict[str, list[str]] = {
     ],
 }  # fmt: skip
 SAME = ["llama-3.1-70b", "--device", "h200", "--num-devices", "8",
-        "--input-len", "1024", "--output-len", "256", "--max-concurrency", "128", "--num-prompts", "512",
+        "--input-len", "1024", "--output-len", "256", "--max-concurrency", "64", "--num-prompts", "512",
         "--slo", "ttft:p50:1000", "--slo", "tpot:p50:20", "--objective", "throughput"]  # fmt: skip
 
 

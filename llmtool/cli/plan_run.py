@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import typer
+
 from llmtool.cli.output import Output
 from llmtool.errors import InfeasibleError, UsageError
 from llmtool.hardware import Cluster, DeviceSpec, find_device, load_devices
@@ -80,13 +82,20 @@ def run(output: Output, a: Arguments) -> None:
     if a["capacity"]:
         document["capacity"] = find_capacity(problem, best.deployment, a)
     write_files(problem, result, document, a)
-    output.document(document)
-    show(output, problem, result, document, a["top"])
+    error = None
     if not best.meets:
-        raise InfeasibleError(
+        error = InfeasibleError(
             f"No plan meets {', '.join(map(str, result.objective.slos))}; the closest is {best.deployment.plan}.",
             "Loosen the objectives, lower the rate, or give more devices.",
         )
+        document["error"] = {"message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+    output.document(document)
+    show(output, problem, result, document, a["top"])
+    if error is not None and output.as_json:  # the document has it: there is to be one
+        output.warn(str(error))
+        raise typer.Exit(error.exit_code)
+    if error is not None:
+        raise error
 
 
 # -- reading flags -----------------------------------------------------------------------------------------------

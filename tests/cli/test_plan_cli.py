@@ -112,6 +112,14 @@ def test_bad_input_is_one_sentence(arguments: list[str], code: int, says: str) -
     assert says in shown and "Traceback" not in shown
 
 
+def test_missed_objectives_are_in_the_one_document() -> None:
+    shown = CliRunner().invoke(
+        app, [*SMALL, "--num-devices", "1", "--slo", "tpot:p50:0.0001", "--json", "-q"]
+    )
+    data = json.loads(shown.stdout)
+    assert shown.exit_code == data["error"]["exit_code"] == 4 and data["plans"]
+
+
 def test_an_empty_trace(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("num_prefill_tokens,num_decode_tokens\n")
     assert "no usable request" in call(*SMALL, "--trace", str(tmp_path / "t.csv"), code=2)
