@@ -122,8 +122,10 @@ def main() -> None:
             2,
         )
         report["aiconfigurator_says"] = [
-            line for line in text.splitlines() if re.search(r"agg|tp|best", line, re.I)
-        ][-40:]
+            line.strip()
+            for line in text.splitlines()
+            if re.match(r"\s*(\|\s+\d|- Best|Best Experiment)", line)
+        ]
     print(json.dumps(report, indent=1))
     save("speed", report)
 
