@@ -91,7 +91,7 @@ def slots(spec: ModelSpec, weights: DecoderWeights) -> dict[str, Slot]:
     for i, layer in enumerate(weights.layers):
         parts = {**_norms(spec, layer), **_mlp(spec, layer.mlp)}
         if isinstance(layer.attention, AttentionWeights):
-            parts |= _attention(spec, layer.attention)
+            parts |= _attention(spec, spec.attention_of(spec.layers[i]), layer.attention)
         else:
             assert spec.attention.latent is not None
             parts |= _latent(spec.attention, spec.attention.latent, layer.attention)
@@ -116,8 +116,7 @@ def _norms(spec: ModelSpec, layer: LayerWeights) -> dict[str, Slot]:
     return {f"{name}.weight": Slot(t, _norm_convert(spec)) for name, t in named.items() if t is not None}
 
 
-def _attention(spec: ModelSpec, w: AttentionWeights) -> dict[str, Slot]:
-    a = spec.attention
+def _attention(spec: ModelSpec, a: AttentionSpec, w: AttentionWeights) -> dict[str, Slot]:
     q, kv = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
     table: dict[str, Slot] = {}
     for kind, tensor in (("weight", as_tensor(w.qkv)), ("bias", w.qkv_bias)):

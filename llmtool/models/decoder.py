@@ -101,7 +101,10 @@ class NativeDecoder:
         x = hidden if layers[0].attention_norm is None else rms_norm(hidden, layers[0].attention_norm, eps)
         for i, (layer, w) in enumerate(zip(self.spec.layers, layers, strict=True)):
             rope = self._rope_of[i]
-            x = self._attention(x, layer, w, None if rope is None else rotations[rope], kv.layer(i))
+            if self.spec.attention_of(layer).num_heads:
+                x = self._attention(x, layer, w, None if rope is None else rotations[rope], kv.layer(i))
+            else:  # of a pruned layer: nothing is mixed
+                x = torch.zeros_like(hidden)
             hidden, x = add_rms_norm(hidden, x, w.attention_out_norm, w.mlp_norm, eps, scale)
             x = self._mlp(x, layer, w)
             following = layers[i + 1].attention_norm if i + 1 < len(layers) else self.weights.norm
@@ -114,7 +117,7 @@ class NativeDecoder:
     def _attention(
         self, x: Tensor, layer: LayerSpec, w: LayerWeights, rotation: Rotation | None, kv: LayerKV
     ) -> Tensor:
-        spec, norms = self.spec.attention, self.spec.norms
+        spec, norms = self.spec.attention_of(layer), self.spec.norms
         if isinstance(w.attention, AttentionWeights):
             return attend(x, w.attention, spec, norms, layer, rotation, kv)
         assert spec.latent is not None

@@ -157,7 +157,7 @@ def fill_random(weights: DecoderWeights, seed: int) -> None:
         elif kind == "lm_head":
             if tensor is not weights.embedding:
                 tensor.normal_(0.0, 0.02, generator=generator)
-        else:
+        elif tensor.numel():  # a pruned layer may have no heads or neurons
             tensor.normal_(0.0, tensor.shape[-1] ** -0.5, generator=generator)
 
 
@@ -181,7 +181,7 @@ def _layer(new: _Allocator, spec: ModelSpec, layer: LayerSpec) -> LayerWeights:
     def norm(present: bool) -> Tensor | None:
         return new.norm(spec.hidden_size, spec) if present else None
 
-    a, norms = spec.attention, spec.norms
+    a, norms = spec.attention_of(layer), spec.norms
     return LayerWeights(
         attention=_latent(new, spec, a, a.latent) if a.latent else _attention(new, spec, a),
         mlp=(

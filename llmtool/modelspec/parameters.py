@@ -24,13 +24,15 @@ def matrices(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     norms = 2 * (spec.norms.before + spec.norms.after)
     for layer in spec.layers:
         shapes.append(("norms", norms, hidden))
-        shapes += _attention(spec.attention, hidden)
+        shapes += _attention(spec.attention_of(layer), hidden)
         shapes += _dense(layer.mlp, hidden) if isinstance(layer.mlp, DenseSpec) else _moe(layer.mlp, hidden)
     vectors: Counter[str] = Counter()
     lengths: dict[str, int] = {}
     for kind, count, length in shapes:
-        if count:
-            assert lengths.setdefault(kind, length) == length, f"{kind} has two lengths"
+        if count and length:
+            if lengths.get(kind, length) != length:  # pruned layers have widths of their own
+                kind = f"{kind}_{length}"
+            lengths[kind] = length
             vectors[kind] += count
     return {kind: (vectors[kind], lengths[kind]) for kind in lengths}
 

@@ -137,8 +137,10 @@ class MoESpec:
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What may differ from layer to layer. window: how many tokens a token sees, itself included; None sees all.
-    rope: None adds no positions (NoPE)."""
+    rope: None adds no positions (NoPE). attention: of a pruned layer, whose heads are fewer than the model's (none
+    at all: the layer has no attention); None is the model's."""
 
     window: int | None
     rope: RopeSpec | None
     mlp: DenseSpec | MoESpec
+    attention: AttentionSpec | None = None

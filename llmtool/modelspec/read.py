@@ -9,6 +9,7 @@ from llmtool.errors import ModelError
 from llmtool.modelspec.config import Config, token_ids
 from llmtool.modelspec.families import FAMILIES, Family, Scales
 from llmtool.modelspec.parts import AttentionSpec, LatentSpec, LayerSpec, NormSpec
+from llmtool.modelspec.per_layer import read_per_layer
 from llmtool.modelspec.rope import FULL, SLIDING
 from llmtool.modelspec.spec import DTYPE_BYTES, ModelSpec
 
@@ -51,19 +52,21 @@ def _read(config: Config, architecture: str, family: Family, generation: Mapping
     scales = family.scales(config, ropes[FULL])
     window = config.optional_count("sliding_window") if SLIDING in types else None
     rotated, mlps = family.rotated(config, layers), family.mlps(config, layers)
+    attention = _attention(config, family, scales, head_dim, latent)
+    own = read_per_layer(config, attention, mlps)
     return ModelSpec(
         architecture=architecture,
         family=family.name,
         vocab_size=config.count("vocab_size"),
         hidden_size=config.count("hidden_size"),
         max_positions=config.count("max_position_embeddings"),
-        attention=_attention(config, family, scales, head_dim, latent),
+        attention=attention,
         norms=NormSpec(
             config.number("rms_norm_eps", 1e-6), family.norm_before, family.norm_after, family.norm_offset
         ),
         layers=tuple(
-            LayerSpec(window if kind == SLIDING else None, ropes[kind] if turned else None, mlp)
-            for kind, turned, mlp in zip(types, rotated, mlps, strict=True)
+            LayerSpec(window if kind == SLIDING else None, ropes[kind] if turned else None, mlp, heads)
+            for kind, turned, (heads, mlp) in zip(types, rotated, own, strict=True)
         ),
         tied_embeddings=config.flag("tie_word_embeddings"),
         embedding_scale=scales.embedding,

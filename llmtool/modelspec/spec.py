@@ -19,10 +19,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 class ModelSpec:
     """A decoder, resolved: whatever its family, all that runs it or counts its bytes is here.
 
-    family: its model_type. embedding_scale: of the embeddings as the first layer reads them; residual_scale: of
-    what a block adds; logits become logits / logits_divisor, then logits_softcap * tanh(logits / logits_softcap).
-    dtype: the one it was published in. eos_ids: tokens that end its output, from config.json and
-    generation_config.json.
+    family: its model_type. attention: of the layers that have none of their own, and the widest. embedding_scale:
+    of the embeddings as the first layer reads them; residual_scale: of what a block adds; logits become
+    logits / logits_divisor, then logits_softcap * tanh(logits / logits_softcap). dtype: the one it was published
+    in. eos_ids: tokens that end its output, from config.json and generation_config.json.
     """
 
     architecture: str
@@ -88,6 +88,10 @@ class ModelSpec:
     def norm_eps(self) -> float:
         return self.norms.eps
 
+    def attention_of(self, layer: LayerSpec) -> AttentionSpec:
+        """The layer's own attention where it has one (a pruned model), else the model's."""
+        return self.attention if layer.attention is None else layer.attention
+
     @property
     def windows(self) -> tuple[int | None, ...]:
         """Per layer, how many tokens a token sees, itself included; None sees all."""
@@ -115,14 +119,15 @@ class ModelSpec:
         return matrices(self)
 
     def layer_cache_specs(self, dtype_bytes: int) -> list[LayerCacheSpec]:
-        """What each layer caches per token, dtype_bytes per element.
+        """What each layer caches per token, dtype_bytes per element; layers without attention are left out.
 
         Latent attention caches one row per token, whose leading dimensions are the value: v_head_dim is 0.
         """
-        attention = self.attention
-        latent = attention.latent is not None
-        return [
-            LayerCacheSpec(
+        specs = []
+        for i, layer in enumerate(self.layers):
+            attention = self.attention_of(layer)
+            latent = attention.latent is not None
+            spec = LayerCacheSpec(
                 layer=i,
                 num_kv_heads=attention.num_kv_heads,
                 k_head_dim=attention.head_dim,
@@ -130,8 +135,9 @@ class ModelSpec:
                 dtype_bytes=dtype_bytes,
                 kind="mla" if latent else "full" if layer.window is None else "sliding_window",
             )
-            for i, layer in enumerate(self.layers)
-        ]
+            if spec.num_kv_heads:
+                specs.append(spec)
+        return specs
 
 
 def _active_width(layer: LayerSpec) -> int:
