@@ -8,6 +8,7 @@ import typer
 
 from llmtool.cli.bench import bench
 from llmtool.cli.plan import plan
+from llmtool.cli.prune import prune
 from llmtool.cli.serve import serve
 from llmtool.version import __version__
 
@@ -40,6 +41,7 @@ def _main(
 app.command()(serve)
 app.command()(bench)
 app.command()(plan)
+app.command()(prune)
 
 
 def main() -> None:

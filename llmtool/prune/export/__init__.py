@@ -1,0 +1,1 @@
+"""Writing pruned models so that others load them: transformers, ONNX Runtime, llama.cpp."""

@@ -1,0 +1,348 @@
+"""Our method: sizes by a knapsack over curves of compensated loss, then least squares from the bottom up.
+
+1. Calibrate on the dense model: which tokens and outputs the loss depends on (gradients), and what the consumers
+   read (Gram matrices). 2. Curves: what every size of every sublayer costs (curves.py). 3. Allocate sizes within
+   the budgets (knapsack.py); how much attention's curves weigh against the MLPs' is chosen by the answers'
+   divergence on held-out samples. 4. Refit the consumers one after the other (layerwise.py, least_squares.py).
+   For small budgets this goes in rounds, the later ones from curves of the pruned model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmtool.prune.batches import Batch, batches
+from llmtool.prune.budget import Budget
+from llmtool.prune.calibrate import Gradients, gradients, mean_square, token_weights
+from llmtool.prune.cost import CostModel, size
+from llmtool.prune.curves import Option, curve
+from llmtool.prune.knapsack import Choice, allocate
+from llmtool.prune.layerwise import Moments, side_by_side
+from llmtool.prune.least_squares import Fit, refit
+from llmtool.prune.model import Loaded
+from llmtool.prune.objective import Objective, divergence
+from llmtool.prune.units import Kept, Sublayer, all_units, columns, consumer_of
+
+BATCH = 16
+HELD_OUT = 5  # every fifth batch chooses ridges and exchange rates, and is then fitted too
+EXCHANGE = (1.0, 0.5, 2.0, 0.25, 4.0)
+GRADIENT_SHARE = 0.5  # of a token's weight that goes by its squared gradient
+ROUNDS = ((0.45, 2),)  # budgets below a share take so many rounds
+Progress = Callable[[str, float], None]
+
+
+@dataclass(slots=True)
+class Settings:
+    """granularity: neurons come in multiples of it. uniform: the same sizes in every layer. rounds: None picks them
+    by the budget. gradient_share: see GRADIENT_SHARE. exchange: tried weights of attention's curves."""
+
+    granularity: int = 1
+    uniform: bool = False
+    rounds: int | None = None
+    gradient_share: float = GRADIENT_SHARE
+    exchange: Sequence[float] = EXCHANGE
+
+
+@dataclass(slots=True)
+class Calibration:
+    """Of one model: the batches, the loss's gradients, and each consumer's Gram matrix [in, in]."""
+
+    batches: list[Batch]
+    held_out: list[int]
+    gradients: Gradients
+    grams: list[Tensor]
+    weights: list[list[Tensor]]  # per batch and sublayer [B * S]
+
+
+@dataclass(slots=True)
+class Result:
+    """model: of the dense shapes, pruned columns zero, the others refitted. kept: the units that stay. fits: how
+    each sublayer was compensated. notes: facts for the report."""
+
+    model: Any
+    kept: Kept
+    fits: dict[str, Fit] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def calibrate(
+    loaded: Loaded,
+    model: nn.Module,
+    parts: list[Batch],
+    objective: Objective,
+    seed: int,
+    share: float,
+    progress: Callable[[float], None],
+) -> Calibration:
+    """One backward and one forward pass over the batches."""
+    sublayers = loaded.sublayers
+    held_out = list(range(HELD_OUT - 1, len(parts), HELD_OUT)) or [len(parts) - 1]
+    found = gradients(
+        model, loaded.layout, sublayers, parts, objective, seed, with_outputs=True,
+        progress=lambda f: progress(0.7 * f),
+    )  # fmt: skip
+    means = [mean_square(found.tokens, parts, i) for i in range(len(sublayers))]
+    weights = [
+        [token_weights(part, t, m, share, t.shape[:2]) for t, m in zip(tokens, means, strict=True)]  # type: ignore[arg-type]
+        for part, tokens in zip(parts, found.tokens, strict=True)
+    ]
+    grams = gram_matrices(loaded, model, parts, weights, lambda f: progress(0.7 + 0.3 * f))
+    return Calibration(parts, held_out, found, grams, weights)
+
+
+@torch.no_grad()
+def gram_matrices(
+    loaded: Loaded,
+    model: nn.Module,
+    parts: Sequence[Batch],
+    weights: Sequence[Sequence[Tensor]],
+    progress: Callable[[float], None] = lambda f: None,
+) -> list[Tensor]:
+    """Of each consumer the weighted mean of x x^T over tokens."""
+    device = next(model.parameters()).device
+    consumers = [consumer_of(model, loaded.layout, s) for s in loaded.sublayers]
+    grams = [torch.zeros(c.in_features, c.in_features, device=device) for c in consumers]
+    totals = [0.0] * len(consumers)
+    now: list[Sequence[Tensor]] = []
+
+    def watcher(i: int) -> Any:
+        def on_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x, w = inputs[0].flatten(0, 1).float(), now[0][i].to(device)
+            real = w > 0
+            x, w = x[real], w[real]
+            grams[i].addmm_((x * w[:, None]).T, x)
+            totals[i] += float(w.sum())
+
+        return on_input
+
+    hooks = [c.register_forward_pre_hook(watcher(i)) for i, c in enumerate(consumers)]
+    try:
+        for at, part in enumerate(parts):
+            now[:] = [weights[at]]
+            _forward(model, part, device)
+            progress((at + 1) / len(parts))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [gram / max(total, 1e-30) for gram, total in zip(grams, totals, strict=True)]
+
+
+class Obs:
+    """One calibration of the dense model, and any number of budgets."""
+
+    def __init__(
+        self,
+        loaded: Loaded,
+        items: Sequence[Any],
+        objective: Objective,
+        seed: int,
+        settings: Settings,
+        progress: Progress = lambda what, fraction: None,
+    ) -> None:
+        self.loaded, self.objective, self.seed, self.settings = loaded, objective, seed, settings
+        self.progress = progress
+        parts = batches(items, BATCH, loaded.pad_id)
+        self.dense = calibrate(
+            loaded, loaded.model, parts, objective, seed, settings.gradient_share,
+            lambda f: progress("Calibrating", f),
+        )  # fmt: skip
+        self.answers = self._dense_answers()
+        self.curves = self._curves(loaded.model, self.dense, all_units(loaded.sublayers))
+
+    def prune(self, budget: Budget, costs: CostModel) -> Result:
+        """Raises InfeasibleError."""
+        loaded, settings = self.loaded, self.settings
+        student = copy.deepcopy(loaded.model)
+        kept = all_units(loaded.sublayers)
+        if budget.is_dense:
+            return Result(student, kept)
+        budget.absolute(costs, loaded.sublayers)  # an infeasible one ends here, before the long part
+        least = min(budget.shares.values())
+        rounds = settings.rounds or next((n for share, n in ROUNDS if least < share), 1)
+        calibration, curves = self.dense, self.curves
+        fits: dict[str, Fit] = {}
+        rates: list[float] = []
+        for turn in range(1, rounds + 1):
+            limits = budget.eased(turn / rounds).absolute(costs, loaded.sublayers)
+            if turn > 1:
+                calibration = calibrate(
+                    loaded, student, self.dense.batches, self.objective, self.seed, settings.gradient_share,
+                    partial(self.progress, f"Calibrating, round {turn}"),
+                )  # fmt: skip
+                curves = self._curves(student, calibration, kept)
+            kept, rate = self._allocate(student, calibration, curves, limits, costs)
+            rates.append(rate)
+            fits = self._compensate(student, kept)
+        return Result(student, kept, fits, {"exchange_rates": rates, "rounds": rounds})
+
+    # -- sizes -----------------------------------------------------------------------------------------------
+
+    def _curves(self, model: nn.Module, calibration: Calibration, kept: Kept) -> list[list[Option]]:
+        found = []
+        for i, s in enumerate(self.loaded.sublayers):
+            weight = consumer_of(model, self.loaded.layout, s).weight
+            outputs = calibration.gradients.outputs[i]
+            found.append(curve(s, calibration.grams[i], weight, outputs, kept[i], self.settings.granularity))
+            self.progress("Curves", (i + 1) / len(self.loaded.sublayers))
+        return found
+
+    def _allocate(
+        self,
+        student: nn.Module,
+        calibration: Calibration,
+        curves: list[list[Option]],
+        limits: Mapping[str, float],
+        costs: CostModel,
+    ) -> tuple[Kept, float]:
+        """The allocation whose answers, after a quick refit, are nearest to the dense model's on held-out
+        samples."""
+        tried: dict[Kept, float] = {}
+        best: tuple[float, Kept, float] | None = None
+        for at, rate in enumerate(self.settings.exchange):
+            kept = allocation(self.loaded.sublayers, curves, limits, costs, rate, self.settings.uniform)
+            if kept not in tried:
+                candidate = copy.deepcopy(student)
+                quick_refit(self.loaded, candidate, calibration.grams, kept)
+                tried[kept] = self._divergence(candidate)
+            if best is None or tried[kept] < best[0]:
+                best = tried[kept], kept, rate
+            self.progress("Allocating", (at + 1) / len(self.settings.exchange))
+        assert best is not None
+        return best[1], best[2]
+
+    @torch.no_grad()
+    def _dense_answers(self) -> dict[int, Tensor]:
+        model, found = self.loaded.model, {}
+        device = next(model.parameters()).device
+        for at in self.dense.held_out:
+            part = self.dense.batches[at].to(device)
+            found[at] = self.objective.answers(_forward(model, part, device), part)
+        return found
+
+    @torch.no_grad()
+    def _divergence(self, model: nn.Module) -> float:
+        device, total = next(model.parameters()).device, 0.0
+        for at, dense in self.answers.items():
+            part = self.dense.batches[at].to(device)
+            other = self.objective.answers(_forward(model, part, device), part)
+            total += divergence(self.objective.head, dense, other, part.inputs)
+        return total
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    def _compensate(self, student: nn.Module, kept: Kept) -> dict[str, Fit]:
+        """Zero what is not kept, and refit the rest from the bottom up."""
+        loaded, dense = self.loaded, self.dense
+        erase(loaded, student, kept)
+        fits: dict[str, Fit] = {}
+
+        def solve(sublayer: Sublayer, fit: Moments, held_out: Moments) -> None:
+            consumer = consumer_of(student, loaded.layout, sublayer)
+            at = columns(sublayer, kept[sublayer.index]).to(consumer.weight.device)
+            found = refit(fit, held_out, consumer.weight[:, at], consumer.bias)
+            consumer.weight[:, at] = found.weight
+            if consumer.bias is not None and found.bias is not None:
+                consumer.bias.copy_(found.bias)
+            fits[sublayer.name] = found
+
+        side_by_side(
+            loaded.model, student, loaded.layout, loaded.sublayers, dense.batches, dense.held_out, kept, solve,
+            lambda b, s, batch, shape: dense.weights[b][s.index],
+            lambda f: self.progress("Compensating", f),
+        )  # fmt: skip
+        return fits
+
+
+def allocation(
+    sublayers: Sequence[Sublayer],
+    curves: Sequence[Sequence[Option]],
+    limits: Mapping[str, float],
+    costs: CostModel,
+    rate: float,
+    uniform: bool,
+) -> Kept:
+    """One option per sublayer within the limits; rate: how much attention's errors weigh. Raises
+    InfeasibleError."""
+
+    def choice(s: Sublayer, option: Option) -> Choice:
+        count, kv_heads = size(s, option.units)
+        weight = rate if s.kind == "attention" else 1.0
+        return Choice(option.error * weight, {k: costs.of(k, s, count, kv_heads) for k in limits})
+
+    if not uniform:
+        choices = [[choice(s, o) for o in options] for s, options in zip(sublayers, curves, strict=True)]
+        picked = allocate(choices, limits)
+        return tuple(options[j].units for options, j in zip(curves, picked, strict=True))
+    kinds = ("attention", "mlp")
+    grouped = {kind: [i for i, s in enumerate(sublayers) if s.kind == kind] for kind in kinds}
+    joint: dict[str, list[list[Option]]] = {}
+    for kind, members in grouped.items():
+        by_size = [{size(sublayers[i], o.units): o for o in curves[i]} for i in members]
+        shared = [key for key in by_size[0] if all(key in table for table in by_size)]
+        hidden = costs.shape.hidden
+        # Stock classes want the hidden size to be a multiple of the heads, and at least one unit.
+        shared = [key for key in shared if key[0] and (kind == "mlp" or hidden % key[0] == 0)]
+        joint[kind] = [[table[key] for table in by_size] for key in shared]
+    sums = [
+        [
+            _sum([choice(sublayers[i], o) for i, o in zip(grouped[kind], row, strict=True)])
+            for row in joint[kind]
+        ]
+        for kind in kinds
+    ]
+    picked = allocate(sums, limits)
+    kept: list[tuple[int, ...]] = [()] * len(sublayers)
+    for kind, j in zip(kinds, picked, strict=True):
+        for i, option in zip(grouped[kind], joint[kind][j], strict=True):
+            kept[i] = option.units
+    return tuple(kept)
+
+
+def _sum(choices: Sequence[Choice]) -> Choice:
+    costs = {kind: sum(c.costs[kind] for c in choices) for kind in choices[0].costs}
+    return Choice(sum(c.error for c in choices), costs)
+
+
+@torch.no_grad()
+def quick_refit(loaded: Loaded, model: nn.Module, grams: Sequence[Tensor], kept: Kept) -> None:
+    """Least squares of each consumer on its own inputs, all at once: what curves assume."""
+    for s, units, gram in zip(loaded.sublayers, kept, grams, strict=True):
+        if len(units) == s.num_units:
+            continue
+        consumer = consumer_of(model, loaded.layout, s)
+        at = columns(s, units).to(gram.device)
+        new = torch.zeros_like(consumer.weight)
+        if len(at):
+            inside = gram[at][:, at].double()
+            inside.diagonal().add_(1e-2 * float(inside.diagonal().mean()) + 1e-12)
+            old = consumer.weight
+            # W H_:S = W_S H_SS + W_rest H_rest,S; ridge towards W_S.
+            rest = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
+            rest[at] = False
+            right = gram[at][:, rest].double() @ old[:, rest].T.double()
+            new[:, at] = old[:, at] + torch.cholesky_solve(right, torch.linalg.cholesky(inside)).T.to(
+                old.dtype
+            )
+        consumer.weight.copy_(new)
+
+
+@torch.no_grad()
+def erase(loaded: Loaded, model: nn.Module, kept: Kept) -> None:
+    """Zero the consumers' columns of units that are not kept."""
+    for s, units in zip(loaded.sublayers, kept, strict=True):
+        weight = consumer_of(model, loaded.layout, s).weight
+        gone = sorted(set(range(s.num_units)) - set(units))
+        if gone:
+            weight[:, columns(s, gone).to(weight.device)] = 0.0
+
+
+def _forward(model: nn.Module, batch: Batch, device: torch.device) -> Any:
+    options = {"use_cache": False} if getattr(model, "can_generate", lambda: False)() else {}
+    return model(**batch.to(device).inputs, **options)
