@@ -73,6 +73,10 @@ def is_ignored(name: str, spec: ModelSpec) -> bool:
     if name == "lm_head.weight":
         return spec.tied_embeddings  # some exporters write the tied one too
     layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is not None and int(layer[1]) < spec.num_layers and name.startswith("self_attn.", layer.end()):
+        own = spec.attention_of(spec.layers[int(layer[1])])
+        if not own.num_heads:
+            return True
     extra = layer is not None and int(layer[1]) >= spec.num_layers  # DeepSeek-V3's multi-token prediction
     return bool(_BUFFERS.fullmatch(name) or _IMAGE_PARTS.fullmatch(name)) or (
         extra and spec.attention.latent is not None
@@ -90,8 +94,10 @@ def slots(spec: ModelSpec, weights: DecoderWeights) -> dict[str, Slot]:
         table["lm_head.weight"] = Slot(as_tensor(weights.lm_head))
     for i, layer in enumerate(weights.layers):
         parts = {**_norms(spec, layer), **_mlp(spec, layer.mlp)}
+        heads = spec.attention_of(spec.layers[i])
         if isinstance(layer.attention, AttentionWeights):
-            parts |= _attention(spec, spec.attention_of(spec.layers[i]), layer.attention)
+            # Of an attention without heads a file may hold empty matrices or none.
+            parts |= _attention(spec, heads, layer.attention) if heads.num_heads else {}
         else:
             assert spec.attention.latent is not None
             parts |= _latent(spec.attention, spec.attention.latent, layer.attention)

@@ -200,13 +200,14 @@ def _attention(new: _Allocator, spec: ModelSpec, a: AttentionSpec) -> AttentionW
     hidden, dim = spec.hidden_size, a.head_dim
     rows = (a.num_heads + 2 * a.num_kv_heads) * dim
     q_heads, kv_heads = (1, 1) if a.qk_norm == "head" else (a.num_heads, a.num_kv_heads)
+    normed = a.qk_norm is not None and a.num_heads > 0
     return AttentionWeights(
         qkv=new(rows, hidden),
         o=new(hidden, a.num_heads * dim),
         qkv_bias=new(rows) if a.qkv_bias else None,
         o_bias=new(hidden) if a.o_bias else None,
-        q_norm=new.norm(q_heads * dim, spec) if a.qk_norm else None,
-        k_norm=new.norm(kv_heads * dim, spec) if a.qk_norm else None,
+        q_norm=new.norm(q_heads * dim, spec) if normed else None,
+        k_norm=new.norm(kv_heads * dim, spec) if normed else None,
         sinks=new(a.num_heads) if a.sinks else None,
     )
 

@@ -48,7 +48,7 @@ def _attention(a: AttentionSpec, hidden: int) -> list[Shape]:
         ("o_bias", int(a.o_bias), hidden),
         ("sinks", int(a.sinks), a.num_heads),
     ]
-    if a.qk_norm == "head":
+    if a.qk_norm == "head" and a.num_heads:
         shapes.append(("qk_norm", 2, a.head_dim))
     if a.qk_norm == "all":
         shapes += [("q_norm", 1, q), ("k_norm", 1, kv)]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llmtool.prune.batches import Batch, batches
 from llmtool.prune.budget import Budget
-from llmtool.prune.calibrate import Gradients, gradients, mean_square, token_weights
+from llmtool.prune.calibrate import Gradients, gradients, token_weights
 from llmtool.prune.cost import CostModel, size
 from llmtool.prune.curves import Option, curve
 from llmtool.prune.knapsack import Choice, allocate
@@ -88,9 +88,8 @@ def calibrate(
         model, loaded.layout, sublayers, parts, objective, seed, with_outputs=True,
         progress=lambda f: progress(0.7 * f),
     )  # fmt: skip
-    means = [mean_square(found.tokens, parts, i) for i in range(len(sublayers))]
     weights = [
-        [token_weights(part, t, m, share, t.shape[:2]) for t, m in zip(tokens, means, strict=True)]  # type: ignore[arg-type]
+        [token_weights(part, squared, share) for squared in tokens]
         for part, tokens in zip(parts, found.tokens, strict=True)
     ]
     grams = gram_matrices(loaded, model, parts, weights, lambda f: progress(0.7 + 0.3 * f))
