@@ -10,7 +10,7 @@ downdated each time. So units that others can stand in for go early, which no sc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -57,16 +57,28 @@ def curve(
 
 @dataclass(slots=True)
 class _State:
-    """H^-1 and G^(1/2) W of the units that are left."""
+    """H^-1 and G^(1/2) W of `units`. Rows and columns of the dead ones are zero; now and then they are cut out."""
 
     inverse: Tensor
     weight: Tensor
     units: list[int]
     dim: int
     error: float = 0.0
+    dead: set[int] = field(default_factory=set)
 
     def copy(self) -> _State:
-        return _State(self.inverse.clone(), self.weight.clone(), list(self.units), self.dim, self.error)
+        return _State(
+            self.inverse.clone(), self.weight.clone(), list(self.units), self.dim, self.error, set(self.dead)
+        )
+
+    @property
+    def count(self) -> int:
+        return len(self.units) - len(self.dead)
+
+    @property
+    def places(self) -> list[int]:
+        """Of the units that are left."""
+        return [i for i in range(len(self.units)) if i not in self.dead]
 
     def cost(self, places: Sequence[int]) -> float:
         """Of removing the units at these places together."""
@@ -75,27 +87,35 @@ class _State:
         return float((block.T * torch.linalg.solve(self.inverse[at][:, at], block.T)).sum())
 
     def unit_costs(self) -> Tensor:
-        """[units]: of removing each alone."""
+        """[places]: of removing each alone; infinite for the dead."""
+        costs = torch.full((len(self.units),), torch.inf, dtype=torch.float64)
+        left = torch.tensor(self.places)
         if self.dim == 1:
-            return self.weight.square().sum(0) / self.inverse.diagonal()
-        return torch.tensor([self.cost([i]) for i in range(len(self.units))], dtype=torch.float64)
+            alone = self.weight.square().sum(0) / self.inverse.diagonal()
+            costs[left] = alone[left].cpu()
+        else:
+            costs[left] = torch.tensor([self.cost([i]) for i in left.tolist()], dtype=torch.float64)
+        return costs
 
     def remove(self, places: Sequence[int]) -> None:
         at = self._at(places)
-        rest = torch.ones(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
-        rest[at] = False
-        inside = self.inverse[at][:, at]
-        side = self.inverse[at][:, rest]  # [S, rest]
-        block = self.weight[:, at]
-        step = torch.linalg.solve(inside, side)
+        inside, side, block = self.inverse[at][:, at], self.inverse[at], self.weight[:, at]
+        step = torch.linalg.solve(inside, side)  # [S, all]
         self.error += float((block.T * torch.linalg.solve(inside, block.T)).sum())
-        self.inverse = self.inverse[rest][:, rest] - side.T @ step
-        self.weight = self.weight[:, rest] - block @ step
-        gone = set(places)
-        self.units = [u for i, u in enumerate(self.units) if i not in gone]
+        self.inverse.addmm_(side.T, step, alpha=-1)
+        self.weight.addmm_(block, step, alpha=-1)
+        self.dead |= set(places)
+        if len(self.dead) * 8 > len(self.units):
+            self._cut()
 
     def option(self) -> Option:
-        return Option(tuple(self.units), max(0.0, self.error))
+        return Option(tuple(self.units[i] for i in self.places), max(0.0, self.error))
+
+    def _cut(self) -> None:
+        left = self.places
+        at = self._at(left)
+        self.inverse, self.weight = self.inverse[at][:, at], self.weight[:, at]
+        self.units, self.dead = [self.units[i] for i in left], set()
 
     def _at(self, places: Sequence[int]) -> Tensor:
         at = torch.tensor(list(places), dtype=torch.int64, device=self.inverse.device)
@@ -105,11 +125,10 @@ class _State:
 
 
 def _neurons(state: _State, sublayer: Sublayer, granularity: int) -> list[Option]:
-    options, step = [state.option()], max(granularity, -(-len(state.units) // BLOCKS))
+    options, step = [state.option()], max(granularity, -(-state.count // BLOCKS))
     step = -(-step // granularity) * granularity
-    while len(state.units) > sublayer.min_units:
-        left = len(state.units)
-        count = left % step or step  # the first step ends on a multiple
+    while state.count > sublayer.min_units:
+        count = state.count % step or step  # the first step ends on a multiple
         costs = state.unit_costs()
         state.remove(costs.argsort(stable=True)[:count].sort().values.tolist())
         options.append(state.option())
@@ -118,7 +137,7 @@ def _neurons(state: _State, sublayer: Sublayer, granularity: int) -> list[Option
 
 def _heads(state: _State, sublayer: Sublayer) -> list[Option]:
     options = [state.option()]
-    while len(state.units) > sublayer.min_units:
+    while state.count > sublayer.min_units:
         state.remove([int(state.unit_costs().argmin())])
         options.append(state.option())
     return options
@@ -147,8 +166,8 @@ def _grouped_heads(state: _State, sublayer: Sublayer) -> list[Option]:
 def _groups(state: _State, sublayer: Sublayer) -> dict[int, list[int]]:
     """KV head -> places of its query heads among the units that are left."""
     found: dict[int, list[int]] = {}
-    for place, unit in enumerate(state.units):
-        found.setdefault(unit // sublayer.group, []).append(place)
+    for place in state.places:
+        found.setdefault(state.units[place] // sublayer.group, []).append(place)
     return found
 
 

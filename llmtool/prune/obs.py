@@ -319,16 +319,14 @@ def quick_refit(loaded: Loaded, model: nn.Module, grams: Sequence[Tensor], kept:
         at = columns(s, units).to(gram.device)
         new = torch.zeros_like(consumer.weight)
         if len(at):
-            inside = gram[at][:, at].double()
-            inside.diagonal().add_(1e-2 * float(inside.diagonal().mean()) + 1e-12)
-            old = consumer.weight
-            # W H_:S = W_S H_SS + W_rest H_rest,S; ridge towards W_S.
+            # Only to choose between allocations: fp32 and a strong ridge, towards what is there.
+            inside = gram[at][:, at]
+            inside.diagonal().add_(1e-2 * float(inside.diagonal().mean()) + 1e-9)
             rest = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
             rest[at] = False
-            right = gram[at][:, rest].double() @ old[:, rest].T.double()
-            new[:, at] = old[:, at] + torch.cholesky_solve(right, torch.linalg.cholesky(inside)).T.to(
-                old.dtype
-            )
+            old = consumer.weight
+            right = gram[at][:, rest] @ old[:, rest].T
+            new[:, at] = old[:, at] + torch.cholesky_solve(right, torch.linalg.cholesky(inside)).T
         consumer.weight.copy_(new)
 
 

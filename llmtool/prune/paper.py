@@ -177,9 +177,9 @@ def neuron_system(moments: Moments, weight: Tensor, bias: Tensor | None) -> tupl
 def solve_scales(normal: Tensor, right: Tensor, count: int) -> Tensor | None:
     """Scales [count], or None where the solver gives up or a scale leaves +-10: tuning then ends for good.
 
-    As released: LSMR, damping 1, on the normal equations, for the scales' distance from 1.
+    As released: LSMR in fp32, damping 1, on the normal equations, for the scales' distance from 1.
     """
-    matrix, vector = normal.numpy(), (right - normal.sum(1)).numpy()
+    matrix, vector = normal.float().numpy(), (right - normal.sum(1)).float().numpy()
     if len(vector) == 1:
         change = vector / matrix[0]
         stopped = 1
