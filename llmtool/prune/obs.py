@@ -33,7 +33,7 @@ from llmtool.prune.units import Kept, Sublayer, all_units, columns, consumer_of
 BATCH = 16
 HELD_OUT = 5  # every fifth batch chooses ridges and exchange rates, and is then fitted too
 EXCHANGE = (1.0, 0.5, 2.0, 0.25, 4.0)
-GRADIENT_SHARE = 0.5  # of a token's weight that goes by its squared gradient
+GRADIENT_SHARE = 0.0  # of a token's weight that goes by its squared gradient: no better on held-out answers
 ROUNDS = ((0.45, 2),)  # budgets below a share take so many rounds
 Progress = Callable[[str, float], None]
 
