@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,13 +54,14 @@ def allocate(choices: Sequence[Sequence[Choice]], budgets: Mapping[str, float]) 
     # A hair below the budget: the solver's own tolerance must not spend more than there is.
     high = np.concatenate((np.ones(len(choices)), np.full(len(budgets), 1.0 - 1e-7)))
     largest = max(max(errors), 1e-30)
-    solution = milp(
-        np.array(errors) / largest,
-        constraints=LinearConstraint(matrix, low, high),
-        integrality=np.ones(base),
-        bounds=Bounds(0, 1),
-        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-    )
+    with _stdout_as_stderr():
+        solution = milp(
+            np.array(errors) / largest,
+            constraints=LinearConstraint(matrix, low, high),
+            integrality=np.ones(base),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
     if solution.x is None:
         picked = [min(range(len(options)), key=lambda j: _load(options[j], scales)) for options in choices]
     else:
@@ -66,6 +70,19 @@ def allocate(choices: Sequence[Sequence[Choice]], budgets: Mapping[str, float]) 
             picked.append(int(np.argmax(solution.x[base : base + len(options)])))
             base += len(options)
     return _fill(choices, budgets, _repair(choices, budgets, scales, picked))
+
+
+@contextmanager
+def _stdout_as_stderr() -> Iterator[None]:
+    """HiGHS prints debug lines past Python, straight to file descriptor 1, where a JSON document may be due."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def totals(choices: Sequence[Sequence[Choice]], picked: Sequence[int], kind: str) -> float:

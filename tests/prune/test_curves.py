@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+from typing import Any
 
 import pytest
 import torch
+from scipy.optimize import milp
 
 from llmtool.errors import InfeasibleError
-from llmtool.prune import curves
+from llmtool.prune import curves, knapsack
 from llmtool.prune.curves import curve
 from llmtool.prune.knapsack import Choice, allocate, totals
 from llmtool.prune.layerwise import Moments
@@ -189,3 +192,17 @@ def test_a_huge_unit_does_not_break_a_small_budget() -> None:
 def test_no_choice_within_the_budget() -> None:
     with pytest.raises(InfeasibleError, match="least flops"):
         allocate([[Choice(0.0, {"flops": 5.0})]], {"flops": 4.0})
+
+
+def test_the_solver_prints_nothing_to_stdout(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loud(*args: Any, **kwargs: Any) -> Any:
+        os.write(1, b"a debug line of the solver")
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr(knapsack, "milp", loud)
+    choices = problem(1, ("flops",))
+    allocate(choices, {"flops": 0.5 * sum(o[0].costs["flops"] for o in choices)})
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "a debug line of the solver")
