@@ -45,7 +45,8 @@ def prune_with_peer(loaded: Any, importance: Any, share: float, example: dict[st
     ]
     pruner = tp.pruner.BasePruner(
         model, example, importance, pruning_ratio=1 - share, num_heads=heads, prune_num_heads=True,
-        prune_head_dims=False, head_pruning_ratio=1 - share, ignored_layers=ignored, output_transform=lambda out: out.logits.sum(),
+        prune_head_dims=False, head_pruning_ratio=1 - share, ignored_layers=ignored,
+        output_transform=lambda out: out.logits.sum(),
     )  # fmt: skip
     return model, pruner
 

@@ -9,9 +9,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -330,16 +329,3 @@ def _peak_memory() -> int:
         return torch.cuda.max_memory_allocated()
     scale = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
-def default_output(model: str) -> Path:
-    """A directory named after the model."""
-    return Path(f"{Path(model.rstrip('/')).name}-pruned")
-
-
-def with_shares(config: PruneConfig, shares: dict[str, float]) -> PruneConfig:
-    return replace(config, budget=shares)
-
-
-def sweep_kinds(config: PruneConfig) -> Sequence[str]:
-    return [k for k in config.budget if k != "latency"] or ["flops"]
