@@ -72,6 +72,8 @@ class Binder:
     ) -> Matrix:
         """matrix [n, k], on its way out of memory. gate: its rows are gates, then ups, to be joined by it."""
         weight = as_tensor(matrix)
+        if not weight.numel():  # of a pruned layer without heads or neurons
+            return matrix
         bits = min(bits or 8, self.bits) if self.bits is not None else None
         group = 0 if bits is None else group_size(weight.shape[1], GROUPS[bits])
         if bits is not None and group:

@@ -33,7 +33,7 @@ from llmtool.models.weights import (
     Matrix,
     as_tensor,
 )
-from llmtool.modelspec import LayerSpec, ModelSpec, MoESpec
+from llmtool.modelspec import DenseSpec, LayerSpec, ModelSpec, MoESpec
 
 MAX_HEAD = 1024  # llmtool_kernels/cpu/csrc/run.cpp
 
@@ -116,10 +116,12 @@ class CpuDecoder:
         if self._embedding is None:
             self._program().embed(self._head.weight, self._embedding_scale, self._residual)
         for i, (layer, w) in enumerate(zip(spec.layers, self._layers, strict=True)):
-            self._program().rms_norm(self._residual, _float(w.attention_norm), eps, self._x)
-            self._attention(i, layer, w, places[i], rows)
-            self._program().rms_norm(self._residual, _float(w.mlp_norm), eps, self._x)
-            self._mlp(layer, w, rows)
+            if spec.attention_of(layer).num_heads:  # a pruned layer may have no heads, or no neurons
+                self._program().rms_norm(self._residual, _float(w.attention_norm), eps, self._x)
+                self._attention(i, layer, w, places[i], rows)
+            if not isinstance(layer.mlp, DenseSpec) or layer.mlp.intermediate_size:
+                self._program().rms_norm(self._residual, _float(w.mlp_norm), eps, self._x)
+                self._mlp(layer, w, rows)
         self._program().rms_norm(self._residual, self._norm, eps, self._out)
 
     def _program(self) -> Program:
@@ -141,7 +143,7 @@ class CpuDecoder:
         if isinstance(w.attention, LatentAttentionWeights):
             self._latent(i, layer, w, w.attention)
             return
-        spec, (layout, batch) = self.spec.attention, place
+        spec, (layout, batch) = self.spec.attention_of(layer), place
         qkv = self._buffer("qkv", rows, packed(w.attention.qkv).out_features, torch.float32)
         q = self._buffer("q", rows, spec.num_heads * spec.head_dim, self.dtype)
         out = self._buffer("attended", rows, spec.num_heads * layout.v_head_dim, self.dtype)

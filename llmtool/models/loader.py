@@ -77,7 +77,7 @@ def assemble(
     native = kernels() if supports(dtype, device) and can_run(spec, dtype) else None
     bits = None if quantization is None else QUANTIZATIONS[quantization]
     if native is not None and all(
-        can_pack(matrix) for _, matrix in named_tensors(weights) if matrix.dim() > 1
+        can_pack(matrix) for _, matrix in named_tensors(weights) if matrix.dim() > 1 and matrix.numel()
     ):
         bind(spec, weights, Binder(native, bits))
         return CpuDecoder(spec, weights, native, max_length)
