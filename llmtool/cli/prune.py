@@ -130,7 +130,11 @@ def _run(config: Any, out: Output) -> Report:
     from llmtool.prune.pipeline import Run
 
     with out.progress() as progress:
-        return Run(config, progress).execute()
+        return Run(config, lambda what, share: progress(_said(what, share), share)).execute()
+
+
+def _said(what: str, share: float | None) -> str:
+    return what if share is None else f"{what}: {share:.0%}"
 
 
 def _print(report: Report, target: Path, out: Output) -> None:

@@ -30,7 +30,7 @@ from llmtool.prune.model import Loaded
 from llmtool.prune.objective import Objective, divergence
 from llmtool.prune.units import Kept, Sublayer, all_units, columns, consumer_of
 
-BATCH = 16
+BATCH, BATCH_LM = 16, 4  # a decoder has a vocabulary of logits per token, kept for the backward pass
 HELD_OUT = 5  # every fifth batch chooses ridges and exchange rates, and is then fitted too
 EXCHANGE = (1.0, 0.5, 2.0, 0.25, 4.0)
 GRADIENT_SHARE = 0.0  # of a token's weight that goes by its squared gradient: no better on held-out answers
@@ -147,7 +147,7 @@ class Obs:
     ) -> None:
         self.loaded, self.objective, self.seed, self.settings = loaded, objective, seed, settings
         self.progress = progress
-        parts = batches(items, BATCH, loaded.pad_id)
+        parts = batches(items, BATCH_LM if loaded.causal else BATCH, loaded.pad_id)
         self.dense = calibrate(
             loaded, loaded.model, parts, objective, seed, settings.gradient_share,
             lambda f: progress("Calibrating", f),

@@ -184,7 +184,8 @@ def solve_scales(normal: Tensor, right: Tensor, count: int) -> Tensor | None:
         change = vector / matrix[0]
         stopped = 1
     else:
-        change, stopped, *_ = lsmr(matrix, vector, damp=1.0)
+        with np.errstate(over="ignore"):  # its own 1e100 does not fit in fp32
+            change, stopped, *_ = lsmr(matrix, vector, damp=1.0)
     scales = 1.0 + torch.from_numpy(np.asarray(change))[:count]
     if stopped >= 3 or not bool(scales.isfinite().all()) or float(scales.abs().max()) > ACCEPT:
         return None

@@ -17,7 +17,7 @@ from llmtool.prune.cost import CostModel
 from llmtool.prune.layerwise import Moments, side_by_side
 from llmtool.prune.model import Loaded
 from llmtool.prune.objective import Objective
-from llmtool.prune.obs import Result, erase
+from llmtool.prune.obs import BATCH_LM, Result, erase
 from llmtool.prune.paper import (
     Floats,
     fisher_of_batches,
@@ -48,7 +48,8 @@ class Paper:
     ) -> None:
         self.loaded, self.objective, self.progress = loaded, objective, progress
         size = BATCH_QA if loaded.head == "qa" else BATCH
-        self.batches = in_order(items, size, loaded.pad_id)
+        # Samples' gradients are apart, so a decoder, with its many logits per token, can go in small steps.
+        self.batches = in_order(items, BATCH_LM if loaded.causal else size, loaded.pad_id)
         found = gradients(
             loaded.model, loaded.layout, loaded.sublayers, self.batches, objective, seed,
             progress=lambda f: progress("Fisher information", f),
