@@ -173,7 +173,7 @@ class Run:
         with self._phase("verify"):
             self.progress("Removing units and verifying", None)
             small = remove(loaded, result.model, result.kept)
-            few = batches(found.items[:32], 32, loaded.pad_id)[0]
+            few = batches(found.items[: 4 if loaded.causal else 32], 32, loaded.pad_id)[0]
             done.verified = verify(loaded, result.model, small, result.kept, few, objective)
         with self._phase("score"):
             self.progress("Scoring", None)
