@@ -48,7 +48,10 @@ def refit(
         if error < best.error:
             best = Fit(*candidate, "ridge", error, before, strength)
     if best.how == "ridge":
-        return Fit(*ridge(both, weight, bias, best.ridge), "ridge", best.error, before, best.ridge)
+        try:
+            return Fit(*ridge(both, weight, bias, best.ridge), "ridge", best.error, before, best.ridge)
+        except torch.linalg.LinAlgError:
+            return best  # the fit that was checked will do
     scaled = _scales(fit, weight, bias)
     if scaled is not None and (error := held_out.error(scaled, bias)) < best.error:
         return Fit(scaled, bias, "scales", error, before)

@@ -326,7 +326,10 @@ def quick_refit(loaded: Loaded, model: nn.Module, grams: Sequence[Tensor], kept:
             rest[at] = False
             old = consumer.weight
             right = gram[at][:, rest] @ old[:, rest].T
-            new[:, at] = old[:, at] + torch.cholesky_solve(right, torch.linalg.cholesky(inside)).T
+            factor, failed = torch.linalg.cholesky_ex(inside)
+            if int(failed):  # inputs that differ too much in size for fp32
+                right, factor = right.double(), torch.linalg.cholesky(inside.double())
+            new[:, at] = old[:, at] + torch.cholesky_solve(right, factor).T.to(old.dtype)
         consumer.weight.copy_(new)
 
 
