@@ -23,7 +23,7 @@ def llmtool(*args: str, env: dict[str, str] | None = None) -> subprocess.Complet
 
 
 def test_every_command_has_examples_and_json() -> None:
-    for name in ("serve", "bench"):
+    for name in ("serve", "bench", "plan", "prune"):
         shown = llmtool(name, "--help").stdout
         assert "Examples" in shown and f"llmtool {name}" in shown and "--json" in shown
 
