@@ -213,8 +213,8 @@ class GraphDecoder:
         self.positions += 1
 
     def _context(self, batch: AttentionBatch) -> KVContext:
-        layers = {i: (layout, batch) for i, layout in self.store.layouts().items()}
-        return KVContext(self.store.arena, layers)
+        layers = {i: (layout, 0) for i, layout in self.store.layouts().items()}
+        return KVContext(self.store.arena, layers, (batch,))
 
 
 def engine_run(model: NativeDecoder, load: Load) -> Run:
