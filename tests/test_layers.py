@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[1]
         "llmtool.core.engine",
         "llmtool.core.steplog",
         "llmtool.core.memory.contiguous",
+        "llmtool.core.memory.catalogue",
+        "llmtool.core.memory.near",
         "llmtool.sim.executor",
         "llmtool.sim.cost",
         "llmtool.sim.simulate",

@@ -134,6 +134,7 @@ class ModelSpec:
                 v_head_dim=0 if latent else attention.head_dim,
                 dtype_bytes=dtype_bytes,
                 kind="mla" if latent else "full" if layer.window is None else "sliding_window",
+                window=None if latent else layer.window,
             )
             if spec.num_kv_heads:
                 specs.append(spec)
