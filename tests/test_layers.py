@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
         "llmtool.core.memory.contiguous",
         "llmtool.core.memory.catalogue",
         "llmtool.core.memory.near",
+        "llmtool.core.memory.arena",
         "llmtool.sim.executor",
         "llmtool.sim.cost",
         "llmtool.sim.simulate",
