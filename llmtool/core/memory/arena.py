@@ -134,14 +134,15 @@ class Arena:
         raise OutOfPages(wants[binding], have, self.types[binding].name)
 
     def _take_one(self, kind: int, request: str, left: list[int], evicted: list[int]) -> int:
-        # May this page open a large page that nobody uses, and the rest of the demand still be met?
-        need = self._large_needed(left)
-        more = left[kind] - self._in_place[kind]
-        opens = more > 0 or need < self._reclaimable
         # Step 1: an empty small page in a large page of this request.
-        for large in self._mine.get((kind, request), ()):
-            if opens or self._used[large]:
+        mine = self._mine.get((kind, request), {})
+        for large in mine:
+            if self._used[large]:
                 return self._use_empty(large)
+        # May this page open a large page that nobody uses, and the rest of the demand still be met?
+        opens = left[kind] > self._in_place[kind] or self._large_needed(left) < self._reclaimable
+        if opens and mine:
+            return self._use_empty(next(iter(mine)))
         if opens:
             # Step 2: an empty large page. Step 3: the least recently used evictable one.
             opened = self._free.pop() if self._free else self._evict_large(evicted)
