@@ -66,7 +66,8 @@ class EngineConfig:
     """Everything `serve` and in-process `bench` need to start an engine.
 
     model: HF directory, hub id, GGUF file or alias. dtype: auto | float32 | bfloat16 | float16. quantization:
-    int8 | int4 rounds the weights, and only them, to so many bits as they are loaded.
+    int8 | int4 rounds the weights, and only them, to so many bits as they are loaded. kv_cache_dtype: auto keeps
+    keys and values in the model's dtype; fp8 (which is fp8_e4m3) or fp8_e5m2 in eight bits, on a GPU that has them.
     max_model_len: None takes the model's own, shortened to what the KV memory holds. block_size: tokens per page.
     gpu_memory_utilization: part of the device's memory the engine may take (weights, activations, KV).
     kv_cache_memory_bytes: exact KV memory, instead. swap_space_bytes: host memory for swapped pages.
@@ -79,6 +80,7 @@ class EngineConfig:
     revision: str | None = None
     dtype: str = "auto"
     quantization: str | None = None
+    kv_cache_dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"  # auto | dummy (random weights, for benchmarks)
     max_model_len: int | None = None
@@ -101,6 +103,10 @@ class EngineConfig:
             raise UsageError(f"dtype must be auto, float32, bfloat16 or float16, not {self.dtype!r}.")
         if self.quantization not in (None, "int8", "int4"):
             raise UsageError(f"quantization must be int8 or int4, not {self.quantization!r}.")
+        if self.kv_cache_dtype not in ("auto", "fp8", "fp8_e4m3", "fp8_e5m2"):
+            raise UsageError(
+                f"kv_cache_dtype must be auto, fp8, fp8_e4m3 or fp8_e5m2, not {self.kv_cache_dtype!r}."
+            )
         if self.load_format not in ("auto", "dummy"):
             raise UsageError(f"load_format must be auto or dummy, not {self.load_format!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:

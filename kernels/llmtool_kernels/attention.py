@@ -20,6 +20,7 @@ from torch import Tensor
 
 from llmtool_kernels import dispatch
 from llmtool_kernels.attention_plan import AttentionWork, plan_step
+from llmtool_kernels.float8 import decode, encode
 
 MAX_SCORES = 2**22  # attention scores held at a time, where they are held at all
 UNIT = 512  # bytes; the same number as llmtool.core.memory.geometry.UNIT, which kernels must not import
@@ -30,6 +31,8 @@ class KVLayout:
     """Where one layer's KV lies inside a page. layer_offset: bytes from the start of the page.
 
     v_head_dim 0: nothing is stored for V, whose rows are the leading dimensions of K's (latent attention).
+    dtype: torch.float8_e4m3fn or float8_e5m2 (`llmtool_kernels.float8`); None stores elements as they come.
+    k_scale, v_scale: of float8, what a stored element is multiplied by to be what was written.
     """
 
     layer_offset: int
@@ -37,6 +40,18 @@ class KVLayout:
     num_kv_heads: int
     k_head_dim: int
     v_head_dim: int
+    dtype: torch.dtype | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    def element(self, given: torch.dtype) -> torch.dtype:
+        """The type of stored elements where keys come as `given`."""
+        return self.dtype or given
+
+    @property
+    def sum_scale(self) -> float:
+        """What a sum over stored values is multiplied by."""
+        return self.v_scale if self.v_head_dim else self.k_scale
 
 
 @dataclass(slots=True)
@@ -50,8 +65,8 @@ class AttentionBatch:
     query_lens, kv_lens: the same lengths on the host, so that planning a step never waits for a device.
     tree: int64 [N], for sequences of at most 64 new tokens: bit j of a token's word says that it sees its
     sequence's j-th new token (itself and its ancestors in a tree of drafts, whose depth is then its position;
-    all of the tokens before them it sees anyway; a window is no shorter than a branch). None: a token sees those
-    before it.
+    all of the tokens before them it sees anyway). None: a token sees those before it.
+    tree_depth: nodes of the longest branch, 0 without a tree, on the host. A layer's window must be as long.
     """
 
     query_start: Tensor
@@ -62,6 +77,7 @@ class AttentionBatch:
     query_lens: Sequence[int]
     kv_lens: Sequence[int]
     tree: Tensor | None = None
+    tree_depth: int = 0
     # The step's work, made by the first layer that asks and shared by all layers alike in what is its key.
     _plans: dict[tuple[Any, ...], list[Any]] = field(default_factory=dict, init=False)
     _scratch: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict, init=False)
@@ -93,6 +109,17 @@ class AttentionBatch:
             query_lens=query_lens,
             kv_lens=kv_lens,
             tree=None if tree is None else torch.tensor(tree, dtype=torch.int64, device=device),
+            tree_depth=0 if tree is None else max((bits % 2**64).bit_count() for bits in tree),
+        )
+
+    def __post_init__(self) -> None:
+        assert (self.tree is None) == (self.tree_depth == 0), "a tree comes with its depth"
+
+    def check_window(self, window: int | None) -> None:
+        """For whoever plans a layer with this window, which is counted from a node's depth back in rows: a tree's
+        rows lie beside each other, so of a longer branch it would hide the wrong ones."""
+        assert window is None or window >= self.tree_depth, (
+            f"a window of {window} tokens is shorter than a branch of {self.tree_depth} drafts"
         )
 
     def scratch(self, slot: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -108,6 +135,7 @@ class AttentionBatch:
 
     def work(self, window: int | None, tokens_per_page: int, dtype: torch.dtype) -> list[AttentionWork]:
         """What `paged_attention` runs for this step; dtype is that of the additive masks."""
+        self.check_window(window)
         key = (window, tokens_per_page, dtype)
         if key not in self._plans:
             self._plans[key] = plan_step(
@@ -131,7 +159,8 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of a step's new tokens over their sequences' paged KV, the new KV included.
 
-    q: [N, Hq, Dk], k: [N, Hkv, Dk], v: [N, Hkv, Dv] of one dtype, the cache's; Hq is a multiple of Hkv.
+    q: [N, Hq, Dk], k: [N, Hkv, Dk], v: [N, Hkv, Dv] of one dtype, the cache's unless the layout names another; Hq
+    is a multiple of Hkv.
     window: a token sees itself and the window - 1 tokens before it; None sees all. softcap: scores become
     softcap * tanh(scores / softcap). sinks [Hq]: a score per head that takes its share of the softmax and adds
     nothing. v None: the values are the first value_dim dimensions of the cached keys. Returns [N, Hq, Dv].
@@ -144,7 +173,7 @@ def paged_attention(
         write_kv_on_device(k, v, arena, layout, batch)
         shared = value_dim if v is None else None
         return read_pages(q, arena, layout, batch, scale, window, softcap, sinks, shared)
-    if q.device.type == "cpu" and batch.tree is None:
+    if q.device.type == "cpu" and batch.tree is None and layout.dtype is None:
         from llmtool_kernels.cpu.attention import kernels_for, paged_attention_cpu  # which import this module
 
         native = kernels_for(q, k, v)
@@ -172,33 +201,46 @@ def paged_attention_reference(
     write_kv(k, v, arena, layout, batch)
     value_dim = value_dim or layout.v_head_dim
     k_pages, v_pages = page_rows(arena, layout, k.dtype)
+    scale *= layout.k_scale
     out = q.new_empty(q.shape[0], q.shape[1], value_dim)
     for work in batch.work(window, layout.tokens_per_page, q.dtype):
-        keys = _gather(k_pages, work, layout.num_kv_heads, batch, slot=0)  # [s, L, Hkv, Dk]
+        keys = _gather(k_pages, work, layout, batch, slot=0, dtype=q.dtype)  # [s, L, Hkv, Dk]
         if v is None:
             values = keys[..., :value_dim]
         else:
-            values = _gather(v_pages, work, layout.num_kv_heads, batch, slot=1)  # [s, L, Hkv, Dv]
+            values = _gather(v_pages, work, layout, batch, slot=1, dtype=q.dtype)  # [s, L, Hkv, Dv]
         if softcap is None and sinks is None:
             out[work.rows] = _attend(q[work.rows], keys, values, work, scale)
         else:
             out[work.rows] = _attend_modified(q[work.rows], keys, values, work, scale, softcap, sinks)
-    return out
+    return out if layout.sum_scale == 1.0 else out * layout.sum_scale
 
 
 def write_kv(k: Tensor, v: Tensor | None, arena: Tensor, layout: KVLayout, batch: AttentionBatch) -> None:
     """Store the new tokens' k [N, Hkv, Dk] and v [N, Hkv, Dv] at their pages and slots."""
-    for new, pages in zip((k, v), page_rows(arena, layout, k.dtype), strict=True):
+    store_rows(k, v, arena, layout, batch.token_units, batch.token_slots)
+
+
+def store_rows(
+    k: Tensor, v: Tensor | None, arena: Tensor, layout: KVLayout, units: Tensor, slots: Tensor
+) -> None:
+    """Store k [N, Hkv, Dk] and v [N, Hkv, Dv] at these pages' units and slots, int64 [N] each."""
+    scales = (layout.k_scale, layout.v_scale)
+    for new, pages, scale in zip((k, v), page_rows(arena, layout, k.dtype), scales, strict=True):
         if new is not None:
-            slots = pages.unflatten(1, (layout.tokens_per_page, -1))  # [U, slot, Hkv * D]
-            slots[batch.token_units, batch.token_slots] = new.flatten(1)
+            rows = pages.unflatten(1, (layout.tokens_per_page, -1))  # [U, slot, Hkv * D]
+            stored = new if layout.dtype is None else encode(new, layout.dtype, scale)
+            rows[units, slots] = stored.flatten(1)
 
 
 def page_rows(arena: Tensor, layout: KVLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One layer's K [U, T * Hkv * Dk] and V [U, T * Hkv * Dv], row u being what a page at unit u would hold.
 
-    Rows overlap: their stride is a unit, not a page. Only rows that lie inside the arena exist.
+    Rows overlap: their stride is a unit, not a page. Only rows that lie inside the arena exist. dtype: of keys as
+    they come; elements of another type of the layout's are bytes here.
     """
+    if layout.dtype is not None:
+        dtype = torch.uint8
     elements = arena.view(dtype)
     unit = UNIT // dtype.itemsize
     per_head = layout.tokens_per_page * layout.num_kv_heads
@@ -239,12 +281,14 @@ def _page_words(arena: Tensor, page_bytes: int) -> Tensor:
 
 
 def _gather(
-    pages: Tensor, work: AttentionWork, num_kv_heads: int, batch: AttentionBatch, slot: int
+    pages: Tensor, work: AttentionWork, layout: KVLayout, batch: AttentionBatch, slot: int, dtype: torch.dtype
 ) -> Tensor:
-    """[s, L, Hkv, D] of the pages a piece of work reads, in the batch's scratch memory."""
+    """[s, L, Hkv, D] of the pages a piece of work reads, in the batch's scratch memory, or widened to dtype."""
     rows = batch.scratch(slot, work.units.numel(), pages.shape[1], pages.dtype)
     torch.index_select(pages, 0, work.units.view(-1), out=rows)
-    kv = rows.view(work.num_seqs, work.padded_len, num_kv_heads, -1)[:, : work.length]
+    if layout.dtype is not None:
+        rows = decode(rows, layout.dtype, dtype)
+    kv = rows.view(work.num_seqs, work.padded_len, layout.num_kv_heads, -1)[:, : work.length]
     if work.stale is not None:
         # Slots no token of this sequence wrote may hold NaN, which no additive mask hides.
         kv[work.stale] = 0

@@ -119,6 +119,7 @@ def bench(
     seed: Annotated[int | None, typer.Option(help="Of prompts, arrivals and sampling.")] = None,
     dtype: engine.Dtype = None,
     quantization: engine.Quantization = None,
+    kv_cache_dtype: engine.KVCacheDtype = None,
     device: engine.Device = None,
     load_format: engine.LoadFormat = None,
     revision: engine.Revision = None,

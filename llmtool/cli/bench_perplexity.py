@@ -102,7 +102,12 @@ async def _measure(
         result = await run(engine, tokens, config, bar)
     finally:
         await engine.close()
-    facts = {"model": info.served_model_name, "dtype": info.dtype, "weight_bytes": info.weight_bytes}
+    facts = {
+        "model": info.served_model_name,
+        "dtype": info.dtype,
+        "kv_cache_dtype": info.kv_cache_dtype,
+        "weight_bytes": info.weight_bytes,
+    }
     return replace(result, facts=facts | _unusual(settings))
 
 

@@ -23,6 +23,9 @@ def _option(name: str, text: str, *aliases: str) -> Any:
 
 Dtype = Annotated[str | None, _option("--dtype", "auto, float32, bfloat16 or float16.")]
 Quantization = Annotated[str | None, _option("--quantization", "int8 or int4: weights in so many bits.")]
+KVCacheDtype = Annotated[
+    str | None, _option("--kv-cache-dtype", "auto, or fp8 (fp8_e4m3, fp8_e5m2) on a GPU that has it.")
+]
 Device = Annotated[str | None, _option("--device", "auto, cpu or cuda.")]
 LoadFormat = Annotated[str | None, _option("--load-format", "auto, or dummy for random weights.")]
 Revision = Annotated[str | None, _option("--revision", "Branch, tag or commit of a hub model.")]

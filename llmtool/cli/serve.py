@@ -61,6 +61,7 @@ def serve(
     ] = None,
     dtype: engine.Dtype = None,
     quantization: engine.Quantization = None,
+    kv_cache_dtype: engine.KVCacheDtype = None,
     device: engine.Device = None,
     load_format: engine.LoadFormat = None,
     revision: engine.Revision = None,
@@ -173,6 +174,8 @@ def run(
         output.document({"url": url, "model": info.served_model_name, "pid": info.pid})
         output.line(f"Serving {info.served_model_name} at {url} (docs at {url}/docs; stop with Ctrl-C)")
         memory = f"KV memory {size(info.kv_bytes)} = {info.num_pages * info.tokens_per_page} tokens"
+        if info.kv_cache_dtype != info.dtype:
+            memory += f" in {info.kv_cache_dtype}"
         if info.pooling is not None:
             memory = f"{info.pooling.task}: {info.pooling.size} numbers per text"
         output.hint(

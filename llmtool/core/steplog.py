@@ -90,9 +90,9 @@ def params_from_dict(data: dict[str, Any]) -> SamplingParams:
 
 
 class StepLogWriter:
-    """Appends rows to `file` (text). The caller closes it."""
+    """Appends rows to `file` (text). The caller closes it. kv_cache_dtype: for whoever reads it."""
 
-    def __init__(self, file: IO[str], scheduler: Scheduler) -> None:
+    def __init__(self, file: IO[str], scheduler: Scheduler, kv_cache_dtype: str = "") -> None:
         self._file = file
         allocator = scheduler.allocator
         assert isinstance(allocator, UniformAllocator)
@@ -101,6 +101,7 @@ class StepLogWriter:
             version=VERSION,
             config=asdict(scheduler.config),
             group=asdict(allocator.groups[0]),
+            kv_cache_dtype=kv_cache_dtype,
             num_pages=allocator.num_pages,
             host_pages=allocator.host_pages,
             prefix_caching=allocator.prefix_caching,

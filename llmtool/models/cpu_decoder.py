@@ -61,6 +61,7 @@ class CpuDecoder:
         self.spec = spec
         self.dtype = weights.dtype
         self.device = torch.device("cpu")
+        self.kv_scales = weights.kv_scales
         self.weight_bytes = weights.nbytes
         self._native = native
         self._layers = weights.layers
@@ -99,6 +100,9 @@ class CpuDecoder:
 
     def _prepare(self, n: int, places: Mapping[int, LayerPlace]) -> None:
         """Have parts for n tokens and KV at these places."""
+        assert all(layout.dtype is None for layout, _ in places.values()), (
+            "operations read KV of the model's type"
+        )
         if n > self._capacity or places is not self._places:
             self._capacity = max(n, self._capacity, 16)
             if n > 16:

@@ -50,7 +50,12 @@ class Decoder(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations and KV; weights may be in fewer bits."""
+        """Of activations; weights and KV may be in fewer bits."""
+        ...
+
+    @property
+    def kv_scales(self) -> Mapping[int, tuple[float, float]]:
+        """Layer -> what its keys and values are divided by in eight bits, as the checkpoint says; 1 without."""
         ...
 
     @property
@@ -86,6 +91,10 @@ class NativeDecoder:
     @property
     def dtype(self) -> torch.dtype:
         return self.weights.dtype
+
+    @property
+    def kv_scales(self) -> Mapping[int, tuple[float, float]]:
+        return self.weights.kv_scales
 
     @property
     def weight_bytes(self) -> int:

@@ -19,6 +19,7 @@ from llmtool.models.checkpoint import Slot, canonical_name, is_ignored, slots
 from llmtool.models.cpu_decoder import CpuDecoder, can_run
 from llmtool.models.decoder import Decoder, NativeDecoder
 from llmtool.models.dequantise import plain_tensors
+from llmtool.models.kv_scales import is_kv_scale, kv_scales
 from llmtool.models.weights import DecoderWeights, allocate, fill_random, named_tensors
 from llmtool.modelspec import ModelSpec
 
@@ -66,6 +67,12 @@ def load(
         fill_random(weights, seed)
     else:
         _fill(spec, weights, directory, progress or (lambda done, total: None))
+        weights.kv_scales = kv_scales(
+            (canonical_name(name), tensor)
+            for name, tensor in _tensors(
+                weight_files(directory), lambda name: is_kv_scale(canonical_name(name))
+            )
+        )
     return assemble(spec, weights, quantization, max_length)
 
 
@@ -112,7 +119,10 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _fill(spec: ModelSpec, weights: DecoderWeights, directory: Path, progress: Progress) -> None:
-    fill_slots(slots(spec, weights), directory, progress, canonical_name, lambda name: is_ignored(name, spec))
+    def ignored(name: str) -> bool:
+        return is_ignored(name, spec) or is_kv_scale(name)
+
+    fill_slots(slots(spec, weights), directory, progress, canonical_name, ignored)
 
 
 def fill_slots(
@@ -153,8 +163,10 @@ def fill_slots(
         )
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    """Every (name, tensor) on CPU, memory-mapped: a tensor is read when it is copied, and dropped then."""
+def _tensors(
+    files: list[Path], chosen: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, Tensor]]:
+    """Every chosen (name, tensor) on CPU, memory-mapped: a tensor is read when it is copied, and dropped then."""
     with ExitStack() as stack:
         for path in files:
             try:
@@ -164,4 +176,5 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                     f"{path} is not a readable safetensors file: {e}.", "Download it again."
                 ) from None
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, file.get_tensor(name)
+                if chosen(name):
+                    yield name, file.get_tensor(name)

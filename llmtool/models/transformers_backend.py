@@ -43,6 +43,7 @@ class TransformersDecoder:
         self._head = _replaced(model, path.split("."), _Identity())
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
+        self.kv_scales: dict[int, tuple[float, float]] = {}  # its checkpoints bring none
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:

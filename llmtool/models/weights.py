@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Protocol
 
 import torch
@@ -109,6 +109,7 @@ class DecoderWeights:
     layers: list[LayerWeights]
     norm: Tensor  # [hidden]
     lm_head: Matrix  # [vocab, hidden]; the embedding itself when tied
+    kv_scales: dict[int, tuple[float, float]] = field(default_factory=dict)  # Decoder's
 
     @property
     def nbytes(self) -> int:
@@ -124,11 +125,11 @@ def named_tensors(weights: object, prefix: str = "") -> Iterator[tuple[str, Tens
 
 def named_matrices(weights: object, prefix: str = "") -> Iterator[tuple[str, Matrix]]:
     """The same where some may be bound. Vectors count as matrices here."""
-    for field in fields(weights):  # type: ignore[arg-type]
-        value = getattr(weights, field.name)
+    for part in fields(weights):  # type: ignore[arg-type]
+        value = getattr(weights, part.name)
         items = enumerate(value) if isinstance(value, list) else [("", value)]
         for i, item in items:
-            name = f"{prefix}{field.name}" if i == "" else f"{prefix}{field.name}.{i}"
+            name = f"{prefix}{part.name}" if i == "" else f"{prefix}{part.name}.{i}"
             if isinstance(item, Tensor) or (callable(item) and hasattr(item, "nbytes")):
                 yield name, item
             elif is_dataclass(item):

@@ -11,6 +11,13 @@ import torch
 from llmtool.errors import UsageError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# OCP's 8-bit floating point, under vLLM's names: fp8 has the more digits of the two, not the wider range.
+KV_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
+_FP8_CAPABILITY = (8, 9)  # Ada; Hopper and later
 # Processors that multiply bf16 in hardware: x86 (AVX-512 BF16, AMX) and Arm.
 _CPU_BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 _UNLIMITED = 2**60  # cgroup v1 writes about 2^63 for "no limit"
@@ -53,6 +60,25 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = not _CPU_BF16_FLAGS.isdisjoint(cpu_flags())
     return torch.bfloat16 if fast else torch.float32
+
+
+def pick_kv_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """Of keys and values; auto, the model's own, is None. Raises UsageError where the device has no such type."""
+    if name == "auto":
+        return None
+    remedy = "Leave out --kv-cache-dtype."
+    if device.type != "cuda":
+        raise UsageError(
+            f"kv_cache_dtype is {name}, and on a CPU keys and values are kept in the model's dtype.", remedy
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _FP8_CAPABILITY:
+        raise UsageError(
+            f"kv_cache_dtype is {name}, which takes a GPU of compute capability 8.9 or more, and {device} has "
+            f"{capability[0]}.{capability[1]}.",
+            remedy,
+        )
+    return KV_DTYPES[name]
 
 
 def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:

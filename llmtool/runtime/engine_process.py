@@ -92,7 +92,7 @@ def _engine(
         return PoolingEngine(PoolingScheduler(parts.scheduler), parts.executor, RealClock())
     allocator = UniformAllocator(parts.group, parts.num_pages, parts.host_pages, config.enable_prefix_caching)
     scheduler = Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids)
-    log = StepLogWriter(log_file, scheduler) if log_file is not None else None
+    log = None if log_file is None else StepLogWriter(log_file, scheduler, parts.info.kv_cache_dtype)
     return Engine(scheduler, parts.executor, RealClock(), log)
 
 

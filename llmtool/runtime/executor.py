@@ -21,12 +21,20 @@ from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, St
 from llmtool.core.request import SamplingParams, TokenLogprob
 from llmtool.errors import LLMToolError, ModelError, RequestError
 from llmtool.models.decoder import Decoder, KVContext
+from llmtool.models.kv_scales import checked
 from llmtool.models.loader import load
 from llmtool.models.resolve import resolve
 from llmtool.models.tokenizer import Tokenizer
 from llmtool.runtime.batch import Ints, SequenceTable, StepInputs
 from llmtool.runtime.budget import activation_bytes, kv_budget
-from llmtool.runtime.device import device_memory, host_memory, pick_device, pick_dtype, set_threads
+from llmtool.runtime.device import (
+    device_memory,
+    host_memory,
+    pick_device,
+    pick_dtype,
+    pick_kv_dtype,
+    set_threads,
+)
 from llmtool.runtime.kv_store import KVStore
 from llmtool.runtime.logprobs import ROWS_AT_ONCE, token_logprobs
 from llmtool.runtime.parts import EngineInfo, EngineParts, Progress
@@ -277,6 +285,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
+    kv_dtype = pick_kv_dtype(config.kv_cache_dtype, device)
     num_threads = set_threads(config.num_threads)
     progress("Finding the model", 0.0)
     directory = resolve(config.model, config.revision, _fraction(progress, "Converting the model"))
@@ -292,7 +301,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
         config.quantization,
     )
     spec = model.spec
-    group = uniform_group(spec.layer_cache_specs(dtype.itemsize), config.block_size)
+    group = uniform_group(spec.layer_cache_specs((kv_dtype or dtype).itemsize), config.block_size)
     limits = config.scheduler(1)
     activations = activation_bytes(spec, dtype.itemsize, limits.max_num_batched_tokens, limits.max_num_seqs)
     memory, on_cpu = device_memory(device), device.type == "cpu"
@@ -305,7 +314,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
         text = Tokenizer.from_dir(tokenizer_dir).backend.to_str()
         return GrammarCompiler(grammar_tokenizer(text, spec.vocab_size, eos))
 
-    store = KVStore(group, budget.num_pages, budget.host_pages, device)
+    scales = None if kv_dtype is None else checked(model.kv_scales)
+    store = KVStore(group, budget.num_pages, budget.host_pages, device, kv_dtype, scales)
     executor = TorchExecutor(model, store, config.max_num_seqs, budget.max_model_len, eos, grammars)
     progress("Warming up", 1.0)
     executor.warmup()
@@ -346,6 +356,7 @@ def _describe(
         weight_bytes=model.weight_bytes,
         activation_bytes=activations,
         num_threads=num_threads,
+        kv_cache_dtype=str(store.dtype or model.dtype).removeprefix("torch."),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 import torch
@@ -14,16 +14,29 @@ from llmtool.core.ports import PageCopy
 
 
 class KVStore:
-    """Pages of one KV group. num_pages on `device`, host_pages in host memory; both flat uint8 arenas."""
+    """Pages of one KV group. num_pages on `device`, host_pages in host memory; both flat uint8 arenas.
+
+    dtype: float8 of keys and values, None for the model's own. scales: of float8, model layer -> those of its keys
+    and values; 1 of a layer without.
+    """
 
     def __init__(
-        self, group: KVCacheGroup, num_pages: int, host_pages: int = 0, device: torch.device | str = "cpu"
+        self,
+        group: KVCacheGroup,
+        num_pages: int,
+        host_pages: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        scales: Mapping[int, tuple[float, float]] | None = None,
     ) -> None:
         assert num_pages >= 1
         self.group = group
         self.num_pages = num_pages
         self.host_pages = host_pages
         self.device = torch.device(device)
+        self.dtype = dtype
+        self._scales = scales or {}
+        assert dtype is None or all(spec.dtype_bytes == dtype.itemsize for spec in group.layers)
         self.arena = _arena(num_pages * group.page_bytes, self.device)  # uint8 [num_pages * page_bytes]
         host_bytes = max(1, host_pages) * group.page_bytes  # a view needs at least one page
         pinned = self.device.type == "cuda" and host_pages > 0
@@ -46,7 +59,13 @@ class KVStore:
         group = self.group
         return {
             spec.layer: KVLayout(
-                offset, group.tokens_per_page, spec.num_kv_heads, spec.k_head_dim, spec.v_head_dim
+                offset,
+                group.tokens_per_page,
+                spec.num_kv_heads,
+                spec.k_head_dim,
+                spec.v_head_dim,
+                self.dtype,
+                *self._scales.get(spec.layer, (1.0, 1.0)),
             )
             for spec, offset in zip(group.layers, group.layer_offsets, strict=True)
         }

@@ -38,7 +38,7 @@ class PoolingInfo:
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Facts of a running engine. Sizes in bytes; load_seconds: from start to ready. pooling: of an encoder, None
-    for what generates."""
+    for what generates. kv_cache_dtype: of keys and values in their pages; "" where nothing is cached."""
 
     model: str
     served_model_name: str
@@ -62,6 +62,7 @@ class EngineInfo:
     load_seconds: float = 0.0
     pid: int = 0
     pooling: PoolingInfo | None = None
+    kv_cache_dtype: str = ""
 
     @property
     def kv_bytes(self) -> int:

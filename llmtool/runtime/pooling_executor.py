@@ -109,6 +109,8 @@ def build_pooling(config: EngineConfig, directory: Path, progress: Progress) -> 
         raise UsageError("Steps of an encoder are not recorded.", "Leave out --step-log.")
     if config.quantization is not None:
         raise UsageError("Weights of an encoder are not quantized.", "Leave out --quantization.")
+    if config.kv_cache_dtype != "auto":
+        raise UsageError("An encoder caches no keys and values.", "Leave out --kv-cache-dtype.")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     num_threads = set_threads(config.num_threads)

@@ -15,9 +15,19 @@ from llmtool.models.decoder import Decoder, KVContext
 class PagedSequences:
     """Sequences that grow by chunks; logits of every new token come back."""
 
-    def __init__(self, model: Decoder, tokens_per_page: int = 4, num_pages: int = 64) -> None:
+    def __init__(
+        self,
+        model: Decoder,
+        tokens_per_page: int = 4,
+        num_pages: int = 64,
+        stored: torch.dtype | None = None,
+        scales: tuple[float, float] = (1.0, 1.0),
+    ) -> None:
+        """stored, scales: KVLayout's dtype, k_scale and v_scale."""
         self.model = model
-        self.group = uniform_group(model.spec.layer_cache_specs(model.dtype.itemsize), tokens_per_page)
+        self.group = uniform_group(
+            model.spec.layer_cache_specs((stored or model.dtype).itemsize), tokens_per_page
+        )
         self.arena = torch.full(
             (num_pages * self.group.page_bytes,), 0xFF, dtype=torch.uint8, device=model.device
         )
@@ -25,7 +35,15 @@ class PagedSequences:
         random.Random(0).shuffle(self.free)
         self.layers = {
             spec.layer: (
-                KVLayout(offset, tokens_per_page, spec.num_kv_heads, spec.k_head_dim, spec.v_head_dim),
+                KVLayout(
+                    offset,
+                    tokens_per_page,
+                    spec.num_kv_heads,
+                    spec.k_head_dim,
+                    spec.v_head_dim,
+                    stored,
+                    *scales,
+                ),
                 0,
             )
             for spec, offset in zip(self.group.layers, self.group.layer_offsets, strict=True)

@@ -6,13 +6,16 @@ import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from llmtool.models.decoder import NativeDecoder
 from llmtool.models.loader import load
 from llmtool.models.tokenizer import Tokenizer
+from llmtool.models.weights import allocate, fill_random
 from llmtool.modelspec import ModelSpec
 from tests.models.conftest import FAMILIES
 from tests.models.paged import PagedSequences
@@ -140,3 +143,28 @@ def test_smollm2_answers_and_stops(smollm2: Path) -> None:
         output += chunk
     assert tokenizer.id_to_piece(output[-1]) == "<|im_end|>"
     assert "Paris" in tokenizer.decode(output)
+
+
+@pytest.mark.parametrize(("stored", "off"), [(torch.float8_e4m3fn, 0.1), (torch.float8_e5m2, 0.2)])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logits_of_keys_and_values_in_eight_bits(
+    tiny: Tiny, family: str, stored: torch.dtype, off: float
+) -> None:
+    """Near those of bfloat16, and the nearer the better the scale: values far below 1 lose digits without one."""
+    spec = ModelSpec.from_dir(tiny(family)[1])
+    weights = allocate(spec, torch.bfloat16, torch.device("cpu"))
+    fill_random(weights, 0)
+    model = NativeDecoder(spec, weights)
+    steps = ({"a": range(9), "b": [3]}, {"a": [7], "b": [4, 5, 6]})
+
+    def logits(**options: Any) -> torch.Tensor:
+        sequences = PagedSequences(model, **options)
+        return torch.cat([rows for step in steps for rows in sequences.step(step)])
+
+    plain = logits()
+
+    def error(scale: float) -> float:
+        return ((logits(stored=stored, scales=(scale, scale)) - plain).norm() / plain.norm()).item()
+
+    assert 0 < error(1 / 64) < off
+    assert error(2.0**16) > 2 * error(1 / 64)

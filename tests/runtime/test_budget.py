@@ -7,8 +7,10 @@ import pytest
 from llmtool.config import EngineConfig
 from llmtool.core.memory.geometry import LayerCacheSpec, uniform_group
 from llmtool.errors import InfeasibleError, UsageError
+from llmtool.modelspec import ModelSpec
 from llmtool.runtime.budget import KVBudget, kv_budget
 from llmtool.runtime.device import DeviceMemory
+from tests.modelspec.published import LLAMA_31_8B
 
 GB = 2**30
 PAGE = 16 * 4096
@@ -36,6 +38,17 @@ def test_gpu_takes_what_the_utilization_leaves() -> None:
     # Half of 16 GiB, of which 2 are taken by the weights and 1 is for activations.
     got = budget(cpu=False, free=14 * GB, gpu_memory_utilization=0.5)
     assert got == KVBudget(5 * GB // PAGE, 0, 4096)
+
+
+def test_eight_bits_hold_twice_the_tokens() -> None:
+    spec = ModelSpec.from_config(LLAMA_31_8B)
+    halves = [uniform_group(spec.layer_cache_specs(size), 16) for size in (2, 1)]
+    assert halves[0].bytes_per_token == 2 * halves[1].bytes_per_token == 2 * 32 * 2 * 8 * 128
+    room = EngineConfig(kv_cache_memory_bytes=GB, max_num_seqs=8)
+    pages = [
+        kv_budget(room, g, 8192, DeviceMemory(80 * GB, 80 * GB), GB, False, GB).num_pages for g in halves
+    ]
+    assert pages[1] == 2 * pages[0] > 0
 
 
 def test_exact_bytes_win() -> None:

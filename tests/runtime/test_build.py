@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from llmtool.config import EngineConfig
 from llmtool.core.engine import Engine
@@ -13,7 +15,10 @@ from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import RealClock
 from llmtool.core.request import Grammar, SamplingParams
 from llmtool.core.scheduler import Scheduler
-from llmtool.errors import InfeasibleError
+from llmtool.errors import InfeasibleError, ModelError, UsageError
+from llmtool.models import loader
+from llmtool.runtime import executor
+from llmtool.runtime.device import KV_DTYPES
 from llmtool.runtime.executor import build_engine
 from llmtool.runtime.parts import EngineParts
 from tests.runtime.test_structured import TOKENIZER
@@ -120,3 +125,60 @@ def test_bf16_runs(directory: Path) -> None:
     assert 2 <= parts.info.weight_bytes / parts.info.num_parameters < 1.1 * 2  # panels are padded
     params = SamplingParams(temperature=0.7, max_tokens=12, ignore_eos=True, logprobs=3)
     assert len(answer(engine_of(parts), [5, 6, 7], params)) == 12
+
+
+def test_a_cpu_refuses_keys_and_values_in_eight_bits(directory: Path) -> None:
+    with pytest.raises(UsageError, match="kv_cache_dtype is fp8"):
+        build(directory, kv_cache_dtype="fp8")
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
+def test_an_engine_serves_from_keys_and_values_in_eight_bits(
+    tiny: TinyModel, directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On torch, as if this device had them: chunks, a page that is shared and pages that were swapped."""
+    monkeypatch.setattr(executor, "pick_kv_dtype", lambda chosen, _: KV_DTYPES.get(chosen))
+    monkeypatch.setattr(loader, "kernels", lambda: None)
+    settings: dict[str, Any] = {"kv_cache_dtype": name, "max_num_batched_tokens": 8}
+    parts, _ = build(directory, **settings)
+    assert parts.info.kv_cache_dtype == str(KV_DTYPES[name]).removeprefix("torch.")
+    assert 4 * parts.group.bytes_per_token == tiny.group(8).bytes_per_token
+    engine = engine_of(parts)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    prompt = list(range(5, 25))
+    tokens = answer(engine, prompt, params)
+    assert answer(engine, prompt, params) == tokens  # the second time from cached pages
+    logprobs = tiny.logprobs([*prompt, *tokens])[len(prompt) - 1 : -1]
+    # Eight bits may prefer another of two tokens that are nearly as likely; never one that is not.
+    behind = logprobs.max(-1).values - logprobs[range(len(tokens)), tokens]
+    assert behind.max() < (1.0 if name == "fp8" else 2.0), behind
+    assert behind.median() == 0
+
+
+def test_scales_of_a_checkpoint_are_used(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "pick_kv_dtype", lambda chosen, _: KV_DTYPES.get(chosen))
+    monkeypatch.setattr(loader, "kernels", lambda: None)
+    target = Path(shutil.copytree(directory, tmp_path / "scaled"))
+
+    def build_with(scales: dict[str, torch.Tensor]) -> EngineParts:
+        tensors = load_file(directory / "model.safetensors")
+        named = {f"model.layers.{name}": tensor for name, tensor in scales.items()}
+        save_file(tensors | named, target / "model.safetensors", metadata={"format": "pt"})
+        return build(target, kv_cache_dtype="fp8")[0]
+
+    parts = build_with(
+        {
+            "0.self_attn.k_proj.k_scale": torch.tensor(0.5),
+            "0.self_attn.v_proj.v_scale": torch.tensor([0.25]),
+            "1.self_attn.k_scale": torch.tensor([[[0.125]], [[2.0]]]),
+        }
+    )
+    layouts = parts.executor.store.layouts()  # type: ignore[attr-defined]
+    assert [(layouts[i].k_scale, layouts[i].v_scale) for i in (0, 1)] == [(0.5, 0.25), (2.0, 1.0)]
+    both = build_with({"1.self_attn.kv_scale": torch.tensor(0.75)}).executor.store.layouts()  # type: ignore[attr-defined]
+    assert (both[1].k_scale, both[1].v_scale, both[0].k_scale) == (0.75, 0.75, 1.0)
+    with pytest.raises(ModelError, match="layer 1's values is 0"):
+        build_with({"1.self_attn.v_scale": torch.tensor(0.0)})
+    assert build(target)[0].info.kv_cache_dtype == "float32"  # where they are not needed they hurt nobody

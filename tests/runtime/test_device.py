@@ -15,6 +15,7 @@ from llmtool.runtime.device import (
     host_memory,
     pick_device,
     pick_dtype,
+    pick_kv_dtype,
     set_threads,
 )
 
@@ -80,6 +81,29 @@ def test_this_machine_has_memory() -> None:
 )
 def test_cpu_quota(tmp_path: Path, content: str, cpus: int) -> None:
     assert cpu_quota(*machine(tmp_path, {".": {"cpu.max": content}}, "0::/")) == cpus
+
+
+@pytest.mark.parametrize(("capability", "there"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_keys_and_values_in_eight_bits_take_a_device_that_has_them(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], there: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    gpu = torch.device("cuda", 0)
+    assert pick_kv_dtype("auto", gpu) is None
+    if there:
+        assert pick_kv_dtype("fp8", gpu) == pick_kv_dtype("fp8_e4m3", gpu) == torch.float8_e4m3fn
+        assert pick_kv_dtype("fp8_e5m2", gpu) == torch.float8_e5m2
+    else:
+        with pytest.raises(UsageError, match=r"8\.9 or more, and cuda:0 has 8\.0"):
+            pick_kv_dtype("fp8", gpu)
+
+
+def test_a_cpu_keeps_keys_and_values_in_the_model_s_dtype() -> None:
+    cpu = torch.device("cpu")
+    assert pick_kv_dtype("auto", cpu) is None
+    with pytest.raises(UsageError, match="on a CPU") as error:
+        pick_kv_dtype("fp8", cpu)
+    assert "--kv-cache-dtype" in error.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -102,13 +102,13 @@ def plan(
     q: Tensor, layout: KVLayout, batch: AttentionBatch, window: int | None, value_dim: int | None
 ) -> list[Work]:
     """The step's launches, made by the first layer that asks and shared by all alike."""
-    dtype, dims = q.dtype, (layout.k_head_dim, value_dim or layout.v_head_dim)
+    batch.check_window(window)
+    dims = (layout.k_head_dim, value_dim or layout.v_head_dim)
     group = q.shape[1] // layout.num_kv_heads
-    key = ("gpu", window, group, layout.num_kv_heads, dims, dtype, value_dim is None)
+    sizes = (q.dtype.itemsize, layout.element(q.dtype).itemsize)
+    key = ("gpu", window, group, layout.num_kv_heads, dims, sizes, value_dim is None)
     if key not in batch._plans:
-        batch._plans[key] = list(
-            _works(q.device, batch, group, layout.num_kv_heads, window, dims, dtype.itemsize)
-        )
+        batch._plans[key] = list(_works(q.device, batch, group, layout.num_kv_heads, window, dims, sizes))
     works: list[Work] = batch._plans[key]
     return works
 
@@ -120,7 +120,7 @@ def _works(
     num_kv_heads: int,
     window: int | None,
     dims: tuple[int, int],
-    itemsize: int,
+    sizes: tuple[int, int],
 ) -> Iterator[Work]:
     rows = [n * group for n in batch.query_lens]
     narrow = [s for s, n in enumerate(rows) if 0 < n <= table.MAX_NARROW]
@@ -128,7 +128,7 @@ def _works(
     for chosen in (narrow, wide):
         if not chosen:
             continue
-        config = table.choose(max(rows[s] for s in chosen), *dims, itemsize)
+        config = table.choose(max(rows[s] for s in chosen), *dims, *sizes)
         programs = config.per_processor * multiprocessors(device)
         tiles = num_tiles(batch.query_lens, chosen, num_kv_heads, group, config.block_m)
         segments_at = _aligned(programs + 1)
@@ -192,13 +192,14 @@ def arguments(
 ) -> tuple[object, ...]:
     """Of the kernel, those known when it runs."""
     assert q.stride(2) == 1
-    layer_offset = layout.layer_offset // q.dtype.itemsize
+    element = layout.element(q.dtype)
+    layer_offset = layout.layer_offset // element.itemsize
     k_width = layout.tokens_per_page * layout.num_kv_heads * layout.k_head_dim
     shared = layout.v_head_dim == 0
     return (
         out,
         q,
-        arena.view(q.dtype),
+        arena.view(element),
         batch.block_tables,
         work.starts,
         work.segments,
@@ -213,8 +214,9 @@ def arguments(
         batch.block_tables.stride(0),
         layer_offset,
         work.window or 0,
-        scale,
+        scale * layout.k_scale,
         softcap or 1.0,
+        layout.sum_scale,
     )
 
 
@@ -233,7 +235,7 @@ def constants(
     d1, d2 = split_dim(k_dim)
     v_head = k_dim if latent else layout.v_head_dim
     return {
-        "UNIT": UNIT // dtype.itemsize,
+        "UNIT": UNIT // layout.element(dtype).itemsize,
         "PAGE": layout.tokens_per_page,
         "KV_HEADS": heads,
         "GROUP": num_heads // heads,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from llmtool_kernels.gpu.platform import WIDEN
+from llmtool_kernels.gpu.platform import WIDEN, wide
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -22,7 +22,7 @@ def _load(pointers, mask):
     else:
         x = tl.load(pointers, mask=mask, other=0.0)
     if WIDEN:
-        x = x.to(tl.float32)
+        x = wide(x)
     return x
 
 
@@ -65,11 +65,11 @@ def _blocks(
         slot = at - page * PAGE
         base = tl.load(table + page).to(tl.int64) * UNIT  # [N]
         k_rows = k_base + (base + slot * K_STRIDE)[:, None]
-        k1 = _load(k_rows + d1[None, :], None if D1 <= DK else (d1 < DK)[None, :])  # [N, D1]
+        k1 = _load(k_rows + d1[None, :], None if D1 <= DK else (d1 < DK)[None, :]).to(q1.dtype)  # [N, D1]
         s = _dot(q1, tl.trans(k1), None, PRECISION)  # [M, N]
         if D2 > 0:
             d2 = D1 + tl.arange(0, D2)
-            k2 = _load(k_rows + d2[None, :], None if D1 + D2 <= DK else (d2 < DK)[None, :])
+            k2 = _load(k_rows + d2[None, :], None if D1 + D2 <= DK else (d2 < DK)[None, :]).to(q1.dtype)
             s = _dot(q2, tl.trans(k2), s, PRECISION)
         if SOFTCAP:
             # softcap * tanh(s * scale / softcap), in base 2.
@@ -92,7 +92,9 @@ def _blocks(
             v = k1
         else:
             v_rows = v_base + (base + slot * V_STRIDE)[:, None]
-            v = _load(v_rows + dv[None, :], None if DV_PAD <= DV else (dv < DV)[None, :])  # [N, DV]
+            v = _load(v_rows + dv[None, :], None if DV_PAD <= DV else (dv < DV)[None, :]).to(
+                q1.dtype
+            )  # [N, DV]
         acc = _dot(p.to(v.dtype), v, acc, PRECISION)
         m = m_new
     return acc, m, total
@@ -112,7 +114,7 @@ def _with_sink(m, total, sink, SINKS: tl.constexpr):
 
 @triton.jit
 def _combine(
-    out_rows, partial_acc, partial_ml, sink, valid, first, last,
+    out_rows, partial_acc, partial_ml, sink, valid, first, last, sum_scale,
     DV: tl.constexpr, DV_PAD: tl.constexpr, SINKS: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Write a tile's output from its partial results, slots first, ..., last - 1.
@@ -131,7 +133,7 @@ def _combine(
         weight = tl.exp2(tl.load(ml, cache_modifier=".cg") - m)
         total += weight * tl.load(ml + BLOCK_M, cache_modifier=".cg")
     share, total = _with_sink(m, total, sink, SINKS)
-    scale = share / total
+    scale = share / total * sum_scale
     COLUMNS: tl.constexpr = DV_PAD if DV_PAD < 64 else 64
     for c in tl.static_range(0, DV_PAD, COLUMNS):
         columns = c + tl.arange(0, COLUMNS)
@@ -152,7 +154,7 @@ def _combine(
 @triton.jit(do_not_specialize=["table_stride", "window"])
 def attention_kernel(
     out, q, arena, tables, starts, segments, counters, partial_acc, partial_ml, sinks, tree,
-    q_row, q_head, v_offset, table_stride, layer_offset, window, scale, softcap,
+    q_row, q_head, v_offset, table_stride, layer_offset, window, scale, softcap, sum_scale,
     UNIT: tl.constexpr, PAGE: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, K_STRIDE: tl.constexpr,
     V_STRIDE: tl.constexpr, V_HEAD: tl.constexpr, DK: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     DV: tl.constexpr, DV_PAD: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -162,7 +164,8 @@ def attention_kernel(
     """Grid (P,): program p runs its segments (`plan.py`). All strides and offsets are in elements.
 
     out [N, Hq, DV], q [N, Hq, DK] of strides q_row, q_head; tables [S, table_stride]. partial_acc [slots, M, DV]
-    and partial_ml [slots, 2, M] are float32. counters are zero before and after.
+    and partial_ml [slots, 2, M] are float32. counters are zero before and after. sum_scale: of all stored values;
+    that of the keys is in scale.
     """
     program = tl.program_id(0)
     d1 = tl.arange(0, D1)
@@ -243,7 +246,7 @@ def attention_kernel(
         out_rows = (out + (query_start + query).to(tl.int64) * (KV_HEADS * GROUP * DV) + head * DV)[:, None]
         if slot < 0:
             share, total = _with_sink(m, total, sinks + head, SINKS)
-            o = acc * (share / total)[:, None]
+            o = acc * (share / total * sum_scale)[:, None]
             tl.store(out_rows + dv[None, :], o.to(out.dtype.element_ty), mask=stored)
         else:
             num_slots = tl.load(fields + 10)
@@ -260,5 +263,5 @@ def attention_kernel(
                 first_slot = tl.load(fields + 9)
                 _combine(
                     out_rows, partial_acc, partial_ml, sinks + head, valid, first_slot, first_slot + num_slots,
-                    DV, DV_PAD, SINKS, BLOCK_M,
+                    sum_scale, DV, DV_PAD, SINKS, BLOCK_M,
                 )  # fmt: skip

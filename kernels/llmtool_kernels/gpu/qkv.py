@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmtool_kernels.attention import UNIT, AttentionBatch, KVLayout, page_rows
+from llmtool_kernels.attention import UNIT, AttentionBatch, KVLayout, store_rows
 from llmtool_kernels.gpu.norm import rms_norm_reference
-from llmtool_kernels.gpu.platform import load32, power_of_2, rounded
+from llmtool_kernels.gpu.platform import load32, power_of_2, rounded, stored
 
 HEADS = 8  # of a program, where each head is normed for itself
 NORMS = {None: 0, "head": 1, "all": 2}
@@ -19,7 +19,7 @@ NORMS = {None: 0, "head": 1, "all": 2}
 
 @triton.jit
 def _turned(
-    x, x_head, out, first, weight, cos, sin, eps,
+    x, x_head, out, first, weight, cos, sin, eps, inverse_scale,
     HEADS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
 ):  # fmt: skip
@@ -28,6 +28,7 @@ def _turned(
 
     A head is two halves of HALF dimensions, which are turned against each other, and a rest that is not.
     """
+    given: tl.constexpr = x.dtype.element_ty
     dtype: tl.constexpr = out.dtype.element_ty
     head = first + tl.arange(0, BLOCK)
     d = tl.arange(0, HALF_PAD)
@@ -50,8 +51,8 @@ def _turned(
         else:
             scale = tl.rsqrt(squares / D + eps)[:, None]
             weights = weight + (head * 0)[:, None]
-        a = rounded(a * scale * load32(weights + d[None, :], inside), dtype)
-        b = rounded(b * scale * load32(weights + HALF + d[None, :], inside), dtype)
+        a = rounded(a * scale * load32(weights + d[None, :], inside), given)
+        b = rounded(b * scale * load32(weights + HALF + d[None, :], inside), given)
         if D > 2 * HALF:
             c = c * scale * load32(weights + rest[None, :], in_rest)
     if ROTATE:
@@ -59,21 +60,23 @@ def _turned(
         sine = tl.load(sin + d, mask=d < HALF, other=0.0)[None, :]
         a, b = a * cosine - b * sine, b * cosine + a * sine
     to = out + (head * D)[:, None]
-    tl.store(to + d[None, :], a.to(dtype), mask=inside)
-    tl.store(to + HALF + d[None, :], b.to(dtype), mask=inside)
+    tl.store(to + d[None, :], stored(a, inverse_scale, given, dtype), mask=inside)
+    tl.store(to + HALF + d[None, :], stored(b, inverse_scale, given, dtype), mask=inside)
     if D > 2 * HALF:
-        tl.store(to + rest[None, :], c.to(dtype), mask=in_rest)
+        tl.store(to + rest[None, :], stored(c, inverse_scale, given, dtype), mask=in_rest)
 
 
 @triton.jit
 def qkv_kernel(
     q_out, q, k, v, arena, units, slots, q_weight, k_weight, cos, sin,
     q_row, q_head, k_row, k_head, v_row, v_head, layer_offset, v_offset, eps,
+    k_inverse, v_inverse,
     UNIT: tl.constexpr, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     HALF: tl.constexpr, HALF_PAD: tl.constexpr, REST_PAD: tl.constexpr, NORM: tl.constexpr, ROTATE: tl.constexpr,
     Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr, V_PAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (N, blocks of q heads, then of k, then of v). Strides and offsets in elements; cos, sin: [N, HALF]."""
+    """Grid (N, blocks of q heads, then of k, then of v). Strides and offsets in elements; cos, sin: [N, HALF].
+    k_inverse, v_inverse: what float8 is multiplied by before it is stored."""
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     Q_BLOCKS: tl.constexpr = (Q_HEADS + Q_BLOCK - 1) // Q_BLOCK
@@ -83,7 +86,7 @@ def qkv_kernel(
     if block < Q_BLOCKS:
         _turned(
             q + token * q_row, q_head, q_out + token * (Q_HEADS * D), block * Q_BLOCK, q_weight, cos, sin, eps,
-            Q_HEADS, Q_BLOCK, D, HALF, HALF_PAD, REST_PAD, NORM, ROTATE,
+            1.0, Q_HEADS, Q_BLOCK, D, HALF, HALF_PAD, REST_PAD, NORM, ROTATE,
         )  # fmt: skip
     else:
         unit = tl.load(units + token)
@@ -94,7 +97,7 @@ def qkv_kernel(
                 to = page + layer_offset + slot * (KV_HEADS * D)
                 _turned(
                     k + token * k_row, k_head, to, (block - Q_BLOCKS) * K_BLOCK, k_weight, cos, sin, eps,
-                    KV_HEADS, K_BLOCK, D, HALF, HALF_PAD, REST_PAD, NORM, ROTATE,
+                    k_inverse, KV_HEADS, K_BLOCK, D, HALF, HALF_PAD, REST_PAD, NORM, ROTATE,
                 )  # fmt: skip
             else:
                 head = (block - Q_BLOCKS - K_BLOCKS) * V_BLOCK + tl.arange(0, V_BLOCK)
@@ -102,6 +105,10 @@ def qkv_kernel(
                 inside = (head < KV_HEADS)[:, None] & (d < DV)[None, :]
                 values = tl.load(v + token * v_row + (head * v_head)[:, None] + d[None, :], mask=inside)
                 to = page + v_offset + slot * (KV_HEADS * DV)
+                if arena.dtype.element_ty.is_fp8():
+                    values = stored(
+                        values.to(tl.float32), v_inverse, v.dtype.element_ty, arena.dtype.element_ty
+                    )
                 tl.store(to + (head * DV)[:, None] + d[None, :], values, mask=inside)
 
 
@@ -155,8 +162,9 @@ def launch(
     """The kernel's arguments, of which the first is q's result, constants and grid. q None: KV alone is written."""
     n, kv_heads, dim = k.shape
     q_heads = 0 if q is None else q.shape[1]
-    pages = arena.view(k.dtype)
-    start = layout.layer_offset // k.dtype.itemsize
+    element = layout.element(k.dtype)
+    pages = arena.view(element)
+    start = layout.layer_offset // element.itemsize
     half = dim // 2 if rotation is None else rotation[0].shape[-1]
     cos, sin = (batch.token_slots, batch.token_slots) if rotation is None else rotation
     if rotation is not None:
@@ -175,9 +183,10 @@ def launch(
         k if q_weight is None else q_weight, k if k_weight is None else k_weight, cos, sin,
         q_view.stride(0), q_view.stride(1), k.stride(0), k.stride(1), v_view.stride(0), v_view.stride(1),
         start, start + layout.tokens_per_page * kv_heads * dim, eps,
+        1.0 / layout.k_scale, 1.0 / layout.v_scale,
     )  # fmt: skip
     constants: dict[str, object] = {
-        "UNIT": UNIT // k.dtype.itemsize,
+        "UNIT": UNIT // element.itemsize,
         "Q_HEADS": q_heads,
         "KV_HEADS": kv_heads,
         "D": dim,
@@ -223,10 +232,9 @@ def qkv_post_reference(
         turned.append(x if rotation is None else _rotated(x, *rotation))
     written = (batch.token_units >= 0) & (batch.token_slots >= 0)
     units, slots = batch.token_units[written], batch.token_slots[written]
-    for new, pages in zip((turned[1], v), page_rows(arena, layout, k.dtype), strict=True):
-        if new is not None:
-            rows = pages.unflatten(1, (layout.tokens_per_page, -1))  # [U, slot, Hkv * D]
-            rows[units, slots] = new.flatten(1)[written]
+    keys = turned[1]
+    assert keys is not None
+    store_rows(keys[written], None if v is None else v[written], arena, layout, units, slots)
     return turned[0]
 
 

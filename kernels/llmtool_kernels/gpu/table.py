@@ -25,10 +25,10 @@ class Config:
     phases: bool = False  # blocks without a mask in a loop of their own: costs decoding, pays for chunks
 
 
-def choose(max_rows: int, k_dim: int, v_dim: int, itemsize: int) -> Config:
+def choose(max_rows: int, k_dim: int, v_dim: int, itemsize: int, kv_itemsize: int) -> Config:
     """For tiles of sequences of at most max_rows (query, head of the group) rows.
 
-    k_dim, v_dim: of a head; itemsize: bytes per element.
+    k_dim, v_dim: of a head; itemsize, kv_itemsize: bytes per element of queries and of what is cached.
     """
     block_m = next((m for m in (16, 32, 64) if max_rows <= m), 0)
     if itemsize == 4:
@@ -36,10 +36,11 @@ def choose(max_rows: int, k_dim: int, v_dim: int, itemsize: int) -> Config:
     if k_dim > 256 or v_dim > 256:
         return _latent(block_m)
     if not block_m:
-        return _WIDE[_bucket(k_dim)]
+        return (_WIDE_FLOAT8 if kv_itemsize == 1 else _WIDE)[_bucket(k_dim)]
     if block_m == 64 and k_dim > 128:
-        return Config(64, 32, 8, 3, 1)
-    return replace(_NARROW[_bucket(k_dim)], block_m=block_m)
+        return _WIDE_FLOAT8[256] if kv_itemsize == 1 else Config(64, 32, 8, 3, 1)
+    narrow = replace(_NARROW[_bucket(k_dim)], block_m=block_m)
+    return replace(narrow, block_n=64) if kv_itemsize == 1 and block_m == 64 else narrow
 
 
 def _bucket(k_dim: int) -> int:
@@ -58,6 +59,12 @@ _WIDE = {
     64: Config(128, 64, 8, 3, 1, phases=True),
     128: Config(128, 64, 8, 3, 1, phases=True),
     256: Config(64, 32, 8, 3, 1, phases=True),
+}
+# Float8 is widened in registers on its way to tensor cores, which leaves fewer for the sums.
+_WIDE_FLOAT8 = {
+    64: _WIDE[64],
+    128: Config(64, 64, 8, 3, 1, phases=True),
+    256: Config(32, 32, 8, 3, 1),
 }
 
 

@@ -36,14 +36,17 @@ def paged(
     tree: Sequence[int] | None = None,
     padding: int = 0,
     offset: int = UNIT,
+    stored: torch.dtype | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> Paged:
     """heads: of queries and KV. dims: of k and v, the latter 0 for values inside the keys. tree: AttentionBatch's.
+    stored, scales: KVLayout's dtype, k_scale and v_scale.
 
     padding: bytes between pages, as other layers and page sizes leave; offset: of the layer in a page, bytes.
     """
     q_heads, kv_heads = heads
-    layout = KVLayout(offset, tokens_per_page, kv_heads, *dims)
-    page_bytes = offset + tokens_per_page * kv_heads * sum(dims) * dtype.itemsize + padding
+    layout = KVLayout(offset, tokens_per_page, kv_heads, *dims, stored, *scales)
+    page_bytes = offset + tokens_per_page * kv_heads * sum(dims) * layout.element(dtype).itemsize + padding
     units = -(-page_bytes // UNIT)
     counts = [-(-length // tokens_per_page) for length in kv_lens]
     order = random.Random(0).sample(range(sum(counts)), sum(counts))

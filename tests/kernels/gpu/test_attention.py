@@ -51,7 +51,9 @@ def check(case: Paged, scale: float = 0.3, value_dim: int | None = None, **extra
 def on_cpu(batch: AttentionBatch) -> AttentionBatch:
     tensors = (batch.query_start, batch.seq_lens, batch.block_tables, batch.token_units, batch.token_slots)
     tree = None if batch.tree is None else batch.tree.cpu()
-    return AttentionBatch(*(t.cpu() for t in tensors), batch.query_lens, batch.kv_lens, tree)
+    return AttentionBatch(
+        *(t.cpu() for t in tensors), batch.query_lens, batch.kv_lens, tree, batch.tree_depth
+    )
 
 
 @pytest.mark.parametrize("phases", [False, True])
@@ -100,7 +102,7 @@ def test_a_tree_of_drafts_sees_its_ancestors_only(
     tree = [1, *random_tree(20), *random_tree(7, seed=1)]
     case = paged((1, 20, 7), (9, 51, 7), device=device, window=window, tree=tree)
     ours = check(case, window=window)
-    case.batch.tree = None
+    case.batch.tree, case.batch.tree_depth = None, 0
     case.batch._plans.clear()
     causal = read_pages(case.q, case.arena, case.layout, case.batch, 0.3, window)
     assert not torch.allclose(ours, causal, atol=1e-3)
@@ -120,6 +122,36 @@ def test_pages_of_any_size_and_stride(
 def test_half_precision(device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     small(monkeypatch)
     assert check(paged(*MIXED, dtype=dtype, device=device)).dtype == dtype
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_and_values_in_eight_bits(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    """Heads that are no power of two, a window, soft caps and scales; and a tile in parts, so that parts add up."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("the device has no float8")
+    small(monkeypatch)
+    case = paged((*MIXED[0], 1), (*MIXED[1], 90), dims=(24, 40), dtype=dtype, device=device, window=30,
+                 stored=stored, scales=(0.37, 1.9))  # fmt: skip
+    assert check(case, window=30, softcap=2.0).dtype == dtype
+
+
+def test_latent_keys_in_eight_bits_have_one_scale(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small(monkeypatch)
+    case = paged((1, 4), (37, 21), heads=(3, 1), dims=(48, 0), device=device,
+                 stored=torch.float8_e4m3fn, scales=(0.25, 77.0))  # fmt: skip
+    check(case, value_dim=32)
+
+
+def test_a_window_shorter_than_a_branch_is_not_planned(device: torch.device) -> None:
+    case = paged((1, 3), (9, 12), device=device, tree=[1, 1, 3, 7])
+    with pytest.raises(AssertionError, match="window of 2 tokens is shorter than a branch of 3"):
+        read_pages(case.q, case.arena, case.layout, case.batch, 0.3, window=2)
+    read_pages(case.q, case.arena, case.layout, case.batch, 0.3, window=3)
 
 
 def test_queries_cut_from_a_fused_projection(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

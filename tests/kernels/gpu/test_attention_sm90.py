@@ -35,10 +35,11 @@ def build(
     softcap: float | None = None,
     sinks: bool = False,
     tree: bool = False,
+    stored: torch.dtype | None = None,
 ) -> Compiled:
     """For two sequences of 1024 tokens. v_dim of 512 under k_dim 576 is latent attention's."""
     latent = (k_dim, v_dim) == (576, 512)
-    layout = KVLayout(0, 16, kv_heads, k_dim, 0 if latent else v_dim)
+    layout = KVLayout(0, 16, kv_heads, k_dim, 0 if latent else v_dim, stored)
     bits = [1] * 2 * queries if tree else None
     batch = AttentionBatch.build([queries] * 2, [1024] * 2, [list(range(64))] * 2, 16, tree=bits)
     q = torch.empty(2 * queries, kv_heads * group, k_dim, dtype=dtype)
@@ -69,6 +70,24 @@ def build(
         (1, 1, 32, 96, 96, {}),  # Phi-3-mini
         (1, 128, 1, 576, 512, {}),  # DeepSeek-V3
         pytest.param(1, 16, 1, 576, 512, {}, marks=pytest.mark.slow),  # DeepSeek-V2-Lite
+        (1, 4, 8, 128, 128, {"stored": torch.float8_e4m3fn}),
+        (512, 4, 8, 128, 128, {"stored": torch.float8_e4m3fn}),
+        pytest.param(
+            8, 4, 8, 128, 128, {"tree": True, "stored": torch.float8_e4m3fn}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            512,
+            2,
+            8,
+            256,
+            256,
+            {"softcap": 50.0, "window": 4096, "stored": torch.float8_e4m3fn},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(16, 4, 8, 64, 64, {"stored": torch.float8_e4m3fn}, marks=pytest.mark.slow),
+        pytest.param(16, 4, 8, 128, 128, {"stored": torch.float8_e5m2}, marks=pytest.mark.slow),
+        pytest.param(1, 4, 8, 64, 64, {"stored": torch.float8_e4m3fn}, marks=pytest.mark.slow),
+        pytest.param(1, 1, 32, 96, 96, {"stored": torch.float8_e4m3fn}, marks=pytest.mark.slow),
         (1, 4, 8, 128, 128, {"dtype": torch.float32}),
         pytest.param(512, 4, 8, 128, 128, {"dtype": torch.float32}, marks=pytest.mark.slow),
     ],
@@ -82,6 +101,7 @@ def test_fits_hopper(
     # Keys and values go to shared memory 16 bytes at a time, past L1, and from there to tensor cores.
     assert "cp.async.cg.shared.global" in built.ptx
     wide = queries * group >= 64 and k_dim < 576 and "dtype" not in extra
+    wide = wide and (k_dim < 256 or "stored" not in extra)
     assert ("wgmma.mma_async" if wide else "mma.sync") in built.ptx
 
 

@@ -87,6 +87,49 @@ def test_kv_write_alone_equals_attentions_own(device: torch.device) -> None:
         assert torch.equal(case.arena, expected)
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_kv_in_eight_bits_is_scaled_clamped_and_rounded(device: torch.device, stored: torch.dtype) -> None:
+    """Ties, numbers below the smallest normal, numbers past the largest, and NaN, which must not become one."""
+    limit = torch.finfo(stored).max
+    for dtype in (torch.float32, torch.bfloat16):
+        case = paged(
+            (8, 5), (9, 5), (3, 3), (24, 8), dtype=dtype, device=device, stored=stored, scales=(0.3, 4.0)
+        )
+        assert case.v is not None
+        k, v = (
+            torch.randn_like(x) * 2.0 ** torch.randint(-24, 20, x.shape, device=device)
+            for x in (case.k, case.v)
+        )
+        # A number of the format, halfway to the next and past it, times the scale of values.
+        v[0, 0, :4] = 4.0 * torch.tensor([17.0, 19.0, 18.1, -limit * 1.06], device=device)
+        expected = case.arena.clone()
+        attention.write_kv(k, v, expected, case.layout, case.batch)
+        write_kv(k, v, case.arena, case.layout, case.batch)
+        a, b = (arena.view(stored).float() for arena in (case.arena, expected))
+        assert torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9))  # but for the sign of 0
+        k[1, 2, 3] = float("nan")
+        before = case.arena.view(stored).float().isnan().sum()
+        write_kv(k, v, case.arena, case.layout, case.batch)
+        assert case.arena.view(stored).float().isnan().sum() == before + 1
+
+
+@pytest.mark.parametrize("norm", [None, "head"])
+def test_norms_rotation_and_kv_write_in_eight_bits(device: torch.device, norm: str | None) -> None:
+    options = {"stored": torch.float8_e4m3fn, "scales": (0.6, 1.7), "device": device}
+    ours = paged((1, 3), (6, 9), (4, 3), (24, 24), padding=700, **options)
+    theirs = ours.arena.clone()
+    q, k, v = (torch.randn(4, heads, 24, device=device) for heads in (4, 3, 3))
+    weights = [None if norm is None else torch.rand(24, device=device) for _ in range(2)]
+    more = (norm, *weights, 1e-6, rotation(4, 8, device))
+    got = qkv_post(q, k, v, ours.arena, ours.layout, ours.batch, *more)
+    want = qkv_post_reference(q, k, v, theirs, ours.layout, ours.batch, *more)
+    torch.testing.assert_close(got, want)
+    a, b = (arena.view(torch.float8_e4m3fn).float() for arena in (ours.arena, theirs))
+    # A sum in another order may fall on the other side of a tie: then the next number is as near.
+    torch.testing.assert_close(a, b, equal_nan=True, rtol=1 / 8, atol=2**-9)
+    assert (a != b).sum() <= a.isnan().sum() + 4
+
+
 def test_slot_minus_one_writes_nothing(device: torch.device) -> None:
     case = paged((3,), (5,), device=device)
     before = case.arena.clone()

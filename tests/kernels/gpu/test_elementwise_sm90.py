@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from llmtool_kernels.attention import AttentionBatch, KVLayout
-from llmtool_kernels.gpu import sample
+from llmtool_kernels.gpu import sample, verify
 from llmtool_kernels.gpu.gate import BLOCK as GATE_BLOCK
 from llmtool_kernels.gpu.gate import KINDS, gate_kernel
 from llmtool_kernels.gpu.norm import norm_kernel, num_warps
@@ -41,17 +41,25 @@ def test_gate(kind: str) -> None:
     check(compiled(gate_kernel, (x, x, 28672, 1.0, 7.0), constants))
 
 
-@pytest.mark.parametrize(("norm", "q_heads"), [(None, 32), ("head", 32), ("all", 40)])
-def test_qkv(norm: str | None, q_heads: int) -> None:
+@pytest.mark.parametrize(
+    ("norm", "q_heads", "stored"),
+    [(None, 32, None), ("head", 32, None), ("all", 40, None), ("head", 32, torch.float8_e4m3fn)],
+)
+def test_qkv(norm: str | None, q_heads: int, stored: torch.dtype | None) -> None:
     qkv = torch.empty(4, (q_heads + 16) * 128, dtype=torch.bfloat16)
     q, k, v = (t.unflatten(-1, (-1, 128)) for t in qkv.split((q_heads * 128, 1024, 1024), dim=-1))
     batch = AttentionBatch.build([4], [4], [[0]], 16)
     angle = torch.empty(4, 1, 64)
     weights = (None, None) if norm is None else (q[0].flatten(), k[0].flatten())
     arena = torch.empty(2**18, dtype=torch.uint8)
-    layout = KVLayout(0, 16, 8, 128, 128)
+    layout = KVLayout(0, 16, 8, 128, 128, stored)
     args, constants, _ = launch(q, k, v, arena, layout, batch, norm, *weights, 1e-5, (angle, angle))
-    check(compiled(qkv_kernel, args, constants))
+    built = compiled(qkv_kernel, args, constants)
+    if stored is None:
+        check(built)
+    else:  # eight elements of a thread are eight bytes
+        assert built.spills == 0
+        assert "ld.global.v4.b32" in built.ptx and "st.global.v2.b32" in built.ptx
 
 
 @pytest.mark.parametrize("filtered", [False, True])
@@ -71,3 +79,12 @@ def test_page_copy() -> None:
     built = compiled(copy_kernel, (arena, arena, arena, arena, 4096), {"BLOCK": COPY_BLOCK})
     assert built.spills == 0
     assert "ld.global.v2.b64" in built.ptx and "st.global.v2.b64" in built.ptx
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_verify(tree: bool) -> None:
+    ids, starts = torch.empty(512, dtype=torch.int64), torch.empty(9, dtype=torch.int32)
+    out = verify.Verdict(starts, ids, ids)
+    args = verify.arguments(out, ids, ids, starts, ids if tree else None)
+    built = compiled(verify.verify_kernel, args, verify.constants([64] * 8, tree), verify.NUM_WARPS)
+    assert built.spills == 0, f"{built.registers} registers and {built.spills} bytes spilled"
