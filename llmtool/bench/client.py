@@ -10,8 +10,10 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -70,6 +72,7 @@ class HttpBackend:
             connector=aiohttp.TCPConnector(limit=0, ttl_dns_cache=None),
             timeout=aiohttp.ClientTimeout(total=options.timeout, sock_connect=min(60.0, options.timeout)),
             headers=authorization(options.api_key) | dict(options.headers),
+            trace_configs=[_reuse_tracer()],
         )
 
     async def __aenter__(self) -> HttpBackend:
@@ -119,7 +122,7 @@ class HttpBackend:
         record.start = time.perf_counter()
         try:
             headers = {"Content-Type": "application/json"}
-            async with self._session.post(self._url + path, data=body, headers=headers) as response:
+            async with self._post(path, body, headers) as response:
                 if response.status != 200:
                     record.error = await _http_error(response)
                 else:
@@ -144,7 +147,7 @@ class HttpBackend:
         headers = {"Content-Type": "application/json", "Accept": "text/event-stream"}
         record.start = time.perf_counter()
         try:
-            async with self._session.post(self._url + path, data=body, headers=headers) as response:
+            async with self._post(path, body, headers) as response:
                 if response.status != 200:
                     record.error = await _http_error(response)
                 elif response.content_type != "text/event-stream":
@@ -157,6 +160,24 @@ class HttpBackend:
         except (TimeoutError, aiohttp.ClientError, OSError, StreamError) as e:
             record.error = _sentence(e)
         fill(record, parser, request, time.perf_counter())
+
+    @asynccontextmanager
+    async def _post(
+        self, path: str, body: bytes, headers: dict[str, str]
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The answer's head. A kept connection that the server had closed meanwhile is no fault of the request: it
+        goes out once more on another (RFC 9112, 9.3.1), its time counted from the first try."""
+        connection: dict[str, bool] = {}
+        url = self._url + path
+        try:
+            response = await self._session.post(url, data=body, headers=headers, trace_request_ctx=connection)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
+            if not connection.get("reused"):
+                raise
+            headers = {**headers, "Connection": "close"}
+            response = await self._session.post(url, data=body, headers=headers)
+        async with response:
+            yield response
 
     async def counters(self) -> dict[str, float]:
         return read_counters(await self._metrics())
@@ -198,6 +219,18 @@ def fill(record: RequestRecord, parser: StreamParser, request: BenchRequest, now
     details = usage.get("prompt_tokens_details")
     if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
         record.cached_tokens = details["cached_tokens"]
+
+
+def _reuse_tracer() -> aiohttp.TraceConfig:
+    """Notes in a request's trace context whether it went out on a connection that had served another."""
+
+    async def reused(session: aiohttp.ClientSession, context: SimpleNamespace, params: object) -> None:
+        if context.trace_request_ctx is not None:
+            context.trace_request_ctx["reused"] = True
+
+    tracer = aiohttp.TraceConfig()
+    tracer.on_connection_reuseconn.append(reused)
+    return tracer
 
 
 async def _http_error(response: aiohttp.ClientResponse) -> str:

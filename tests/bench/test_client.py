@@ -124,6 +124,50 @@ def test_nobody_listens() -> None:
     assert "ClientConnector" in record.error
 
 
+EVENTS = b'data: {"choices":[{"index":0,"text":"a","finish_reason":"length"}]}\n\ndata: [DONE]\n\n'
+ANSWER = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nContent-Length: %d\r\n\r\n" % len(EVENTS) + EVENTS
+)
+
+
+@pytest.mark.parametrize("answers", [1, 0], ids=["closes kept connections", "answers nobody"])
+def test_a_kept_connection_that_the_server_closed_is_no_fault_of_the_request(answers: int) -> None:
+    """A server that answers so many requests of a connection and closes it at the next without a word."""
+
+    async def main() -> tuple[list[RequestRecord], int]:
+        asked = 0
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal asked
+            for i in range(answers + 1):
+                head = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
+                lengths = [int(h[15:]) for h in head if h.startswith(b"content-length")]
+                await reader.readexactly(lengths[0])
+                asked += 1
+                if i < answers:
+                    writer.write(ANSWER)
+                    await writer.drain()
+                if b"connection: close" in head:
+                    break
+            writer.close()
+
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with HttpBackend(ClientOptions(url=f"http://127.0.0.1:{port}", model="m")) as backend:
+                records = [RequestRecord(), RequestRecord()]
+                for record in records:
+                    await backend.generate(PROMPT, record)
+        return records, asked
+
+    records, asked = asyncio.run(main())
+    if answers:
+        assert [r.error for r in records] == ["", ""]
+        assert asked == 3  # the second was asked twice
+    else:
+        assert all("ServerDisconnected" in r.error for r in records)
+        assert asked == 2  # a new connection that breaks is not tried again
+
+
 def test_cancelling_aborts_the_request_at_the_server() -> None:
     async def use(server: MockServer, backend: HttpBackend) -> int:
         task = asyncio.create_task(backend.generate(PROMPT, RequestRecord()))
