@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from llmtool.config import SchedulerConfig
 from llmtool.core.engine import Engine
-from llmtool.core.macro import advance, quiet_steps
+from llmtool.core.macro import Turns, advance, quiet_steps, quiet_turns, take_turns
 from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import SchedulerOutput, StepResult, VirtualClock
 from llmtool.core.request import SamplingParams, SequenceOutput
@@ -109,24 +109,27 @@ class PlanExecutor:
 
     def _run(self, batch: Batch) -> tuple[float, float]:
         """What the step takes, and the moment its result is there."""
-        cost = self._cost
-        now = start = self._clock.now()
+        cost, now = self._cost, self._clock.now()
         if self.max_in_flight == 1:
             seconds = cost.seconds(batch)
             done = now + seconds
+            self._count(now, done, batch)
         else:
-            for stage, free in enumerate(self._free):
-                start = max(start, free)
-                start = self._free[stage] = start + cost.stage_seconds(stage, batch)
-            done = start + cost.host(batch.decodes + len(batch.chunks))
+            done = self._enter(now, batch, [cost.stage_seconds(i, batch) for i in range(self.max_in_flight)])
             seconds = done - now
-        prompt = batch.tokens - batch.decodes
-        self._count(now, done, batch, prompt)
-        self._done = done
         return seconds, done
 
-    def _count(self, now: float, done: float, batch: Batch, prompt: int) -> None:
-        t = self.totals
+    def _enter(self, now: float, batch: Batch, stages: Sequence[float]) -> float:
+        """Send a step through the pipeline; the moment its result is there."""
+        start = now
+        for stage, seconds in enumerate(stages):
+            start = self._free[stage] = max(start, self._free[stage]) + seconds
+        done = start + self._cost.host(batch.decodes + len(batch.chunks))
+        self._count(now, done, batch)
+        return done
+
+    def _count(self, now: float, done: float, batch: Batch) -> None:
+        t, prompt = self.totals, batch.tokens - batch.decodes
         t.steps += 1
         t.peak_seqs = max(t.peak_seqs, batch.decodes + len(batch.chunks))
         t.peak_tokens = max(t.peak_tokens, batch.decodes + prompt)
@@ -139,6 +142,7 @@ class PlanExecutor:
             t.prompt_pairs += sum(c * (s + (c + 1) / 2) for c, s in batch.chunks)
         if self._record:
             t.timeline.append((now, done - now, batch.decodes, prompt, 1))
+        self._done = done
 
     def collect(self) -> StepResult:
         result, done = self._queue.popleft()
@@ -157,6 +161,29 @@ class PlanExecutor:
         t.decode_context += context * steps + n * steps * (steps - 1) // 2
         if self._record:
             t.timeline.append((self._clock.now(), total, n, 0, steps))
+
+    def turns(self, quiet: Turns, until: float) -> tuple[int, list[float]]:
+        """Quiet turns of a pipeline that begin before `until`: how many, and when the steps then in flight will be
+        done. Moves the clock past them."""
+        work = []
+        for members in quiet.batches:
+            context, n = sum(r.num_submitted + 1 for r in members), len(members)
+            work.append((Batch(n, context, samples=n), self._cost.decode_stages(n)))
+        dones, count = deque(done for _, done in self._queue), len(work)
+        taken = 0
+        while taken < quiet.turns and (now := self._clock.now()) < until:
+            batch, stages = work[(taken - 1) % count]
+            dones.append(self._enter(now, batch, stages(batch.decode_context)))
+            batch.decode_context += batch.decodes
+            self._clock.elapse(max(0.0, dones.popleft() - now))
+            taken += 1
+        return taken, list(dones)
+
+    def fly(self, outs: Sequence[SchedulerOutput], dones: Sequence[float]) -> None:
+        """The steps in flight are now these."""
+        self._queue.clear()
+        for out, done in zip(outs, dones, strict=True):
+            self._queue.append((StepResult(out.step_id, [[TOKEN] for _ in out.scheduled]), done))
 
 
 class Replica:
@@ -182,7 +209,7 @@ class Replica:
         config = SchedulerConfig(d.max_seqs, budget, d.max_len, 10**9)
         self.clock = VirtualClock()
         self._cost = cost
-        self._macro = macro and d.plan.pp == 1
+        self._macro = macro
         self._executor = PlanExecutor(cost, self.clock, record, prefilled)
         self.engine = Engine(Scheduler(config, self._allocator), self._executor, self.clock)
         self._pending: deque[SimRequest] = deque()
@@ -243,15 +270,15 @@ class Replica:
         """Take quiet steps if there are any before `until` and the next arrival."""
         if not self._macro:
             return False
+        end = min(until, self._pending[0].at if self._pending else until)
+        if self._executor.max_in_flight > 1:
+            return self._turns(end)
         scheduler = self.engine.scheduler
-        if self._executor._queue:
-            return False
         steps = quiet_steps(scheduler, _MACRO)
         if steps < 1:
             return False
         running = scheduler._roster.running
         n, context = len(running), sum(r.num_submitted + 1 for r in running)
-        end = min(until, self._pending[0].at if self._pending else until)
         durations, now = [], self.clock.now()
         for seconds in self._cost.decode_run(n, context, steps):
             if now >= end:
@@ -262,6 +289,19 @@ class Replica:
         for seconds in durations:  # one by one, so that sums round as they do step by step
             self.clock.elapse(seconds)
         self._take(advance(scheduler, len(durations), TOKEN, self.clock.now()))
+        return True
+
+    def _turns(self, end: float) -> bool:
+        """The same for a pipeline."""
+        scheduler = self.engine.scheduler
+        quiet = quiet_turns(scheduler, _MACRO)
+        if quiet is None:
+            return False
+        taken, dones = self._executor.turns(quiet, end)
+        outputs, outs = take_turns(scheduler, quiet, taken, TOKEN, self.clock.now())
+        self.engine.fly(outs)
+        self._executor.fly(outs, dones)
+        self._take(outputs)
         return True
 
     def _take(self, outputs: list[SequenceOutput]) -> None:

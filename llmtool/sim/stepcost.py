@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -331,6 +331,12 @@ class PlanCost:
             mean = (context + step * n) / n
             out.append(fixed + sum(_interpolate(CONTEXTS, row, mean) for row in rows) + host)
         return out
+
+    def decode_stages(self, n: int) -> Callable[[int], list[float]]:
+        """Seconds of each stage for n decoding sequences, by the tokens they see in all. The same numbers as
+        `stage_seconds` gives."""
+        parts = [(self._fixed_part(i, n), self._row(i, n)) for i in range(self.deployment.plan.pp)]
+        return lambda context: [fixed + _interpolate(CONTEXTS, row, context / n) for fixed, row in parts]
 
     def _fixed_part(self, stage: int, n: int) -> float:
         key = (stage, n)
