@@ -272,6 +272,17 @@ def test_a_sequence_that_does_not_fit_is_refused() -> None:
         run(deployment(ParallelPlan(), max_len=8000), load(3), device(memory=TIGHT))
 
 
+@pytest.mark.parametrize("caching", [False, True])
+def test_pages_that_nothing_can_fill_change_nothing(caching: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    d = deployment(ParallelPlan(dp=2), max_len=2048, budget=2048, prefix_caching=caching)
+    rows = tuple(TraceRow(i * 0.01, 1024 + 100, 40, (1, 2, 3 + i % 5)) for i in range(40))
+    fewer = run(d, Workload("x", rows))
+    monkeypatch.setattr("llmtool.sim.simulate._at_most", lambda memory, d, rows: memory)
+    whole = run(d, Workload("x", rows))
+    assert [facts(f) for f in fewer.finished] == [facts(f) for f in whole.finished]
+    assert fewer.kv_peak == whole.kv_peak > 0
+
+
 def test_nothing_is_quiet_without_running_sequences() -> None:
     d = deployment(ParallelPlan())
     group = device_memory(d, device()).group
