@@ -113,20 +113,14 @@ class PlanExecutor:
         if self.max_in_flight == 1:
             seconds = cost.seconds(batch)
             done = now + seconds
-            self._count(now, done, batch)
         else:
-            done = self._enter(now, batch, [cost.stage_seconds(i, batch) for i in range(self.max_in_flight)])
+            start = now
+            for stage, free in enumerate(self._free):
+                start = self._free[stage] = max(start, free) + cost.stage_seconds(stage, batch)
+            done = start + cost.host(batch.decodes + len(batch.chunks))
             seconds = done - now
-        return seconds, done
-
-    def _enter(self, now: float, batch: Batch, stages: Sequence[float]) -> float:
-        """Send a step through the pipeline; the moment its result is there."""
-        start = now
-        for stage, seconds in enumerate(stages):
-            start = self._free[stage] = max(start, self._free[stage]) + seconds
-        done = start + self._cost.host(batch.decodes + len(batch.chunks))
         self._count(now, done, batch)
-        return done
+        return seconds, done
 
     def _count(self, now: float, done: float, batch: Batch) -> None:
         t, prompt = self.totals, batch.tokens - batch.decodes
@@ -165,18 +159,31 @@ class PlanExecutor:
     def turns(self, quiet: Turns, until: float) -> tuple[int, list[float]]:
         """Quiet turns of a pipeline that begin before `until`: how many, and when the steps then in flight will be
         done. Moves the clock past them."""
-        work = []
-        for members in quiet.batches:
-            context, n = sum(r.num_submitted + 1 for r in members), len(members)
-            work.append((Batch(n, context, samples=n), self._cost.decode_stages(n)))
-        dones, count = deque(done for _, done in self._queue), len(work)
-        taken = 0
+        sizes = [len(members) for members in quiet.batches]
+        contexts = [sum(r.num_submitted + 1 for r in members) for members in quiet.batches]
+        costs = [(self._cost.host(n), self._cost.decode_stages(n)) for n in sizes]
+        dones, count = deque(done for _, done in self._queue), len(sizes)
+        t, free, taken = self.totals, self._free, 0
         while taken < quiet.turns and (now := self._clock.now()) < until:
-            batch, stages = work[(taken - 1) % count]
-            dones.append(self._enter(now, batch, stages(batch.decode_context)))
-            batch.decode_context += batch.decodes
+            turn = (taken - 1) % count
+            n, context, (host, stages), start = sizes[turn], contexts[turn], costs[turn], now
+            for stage, seconds in enumerate(stages(context)):
+                at = free[stage]
+                start = free[stage] = (start if start > at else at) + seconds
+            done = start + host
+            t.busy += done - max(now, self._done)
+            t.decodes += n
+            t.decode_context += context
+            if self._record:
+                t.timeline.append((now, done - now, n, 0, 1))
+            self._done = done
+            contexts[turn] = context + n
+            dones.append(done)
             self._clock.elapse(max(0.0, dones.popleft() - now))
             taken += 1
+        t.steps += taken
+        peak = max(sizes)
+        t.peak_seqs, t.peak_tokens = max(t.peak_seqs, peak), max(t.peak_tokens, peak)
         return taken, list(dones)
 
     def fly(self, outs: Sequence[SchedulerOutput], dones: Sequence[float]) -> None:

@@ -323,20 +323,29 @@ class PlanCost:
     def decode_run(self, n: int, context: int, steps: int) -> list[float]:
         """Seconds of `steps` steps in a row of n decoding sequences, which see `context` tokens in all in the first
         step and n more in each further one. The same numbers as `seconds` gives one by one."""
-        fixed = sum(self._fixed_part(i, n) for i in range(self.deployment.plan.pp))
-        host = self.host(n)
-        rows = [self._row(i, n) for i in range(self.deployment.plan.pp)]
-        out = []
-        for step in range(steps):
-            mean = (context + step * n) / n
-            out.append(fixed + sum(_interpolate(CONTEXTS, row, mean) for row in rows) + host)
-        return out
+        host, stages = self.host(n), self.decode_stages(n)
+        return [sum(stages(context + step * n)) + host for step in range(steps)]
 
     def decode_stages(self, n: int) -> Callable[[int], list[float]]:
         """Seconds of each stage for n decoding sequences, by the tokens they see in all. The same numbers as
-        `stage_seconds` gives."""
+        `stage_seconds` gives, sooner where one call sees hardly more than the one before."""
         parts = [(self._fixed_part(i, n), self._row(i, n)) for i in range(self.deployment.plan.pp)]
-        return lambda context: [fixed + _interpolate(CONTEXTS, row, context / n) for fixed, row in parts]
+        low, first, last, span = 0, 1.0, 0.0, 1.0  # of the segment of CONTEXTS: none yet
+        segment: list[tuple[float, float, float]] = []
+
+        def stages(context: int) -> list[float]:
+            nonlocal low, first, last, span, segment
+            x = context / n
+            if not first <= x < last:
+                low = max(0, min(bisect_right(CONTEXTS, x), len(CONTEXTS) - 1) - 1)
+                first, last = CONTEXTS[low], CONTEXTS[low + 1]
+                span = last - first
+                segment = [(fixed, row[low], row[low + 1] - row[low]) for fixed, row in parts]
+            if x <= CONTEXTS[0]:
+                return [fixed + value for fixed, value, _ in segment]
+            return [fixed + (value + rise * (x - first) / span) for fixed, value, rise in segment]
+
+        return stages
 
     def _fixed_part(self, stage: int, n: int) -> float:
         key = (stage, n)
