@@ -5,6 +5,7 @@ A bench run says little about each constant alone, so each may leave its prior o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,12 +28,15 @@ PRIORS: Mapping[str, float] = {
 }
 # Standard deviation of a measured figure's logarithm. TTFT also hangs on the client.
 SIGMAS: Mapping[str, float] = {"tpot": 0.015, "ttft": 0.06, "e2el": 0.02, "throughput": 0.02}
+_PERCENTILE = re.compile(r"(ttft|tpot|e2el)_p(\d+)")
+_BLUR = 2.0  # a percentile is so much less certain than a mean
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
     """simulate: the run under a profile. measured: figures in milliseconds (ttft, tpot, e2el: means; tpot_tokens:
-    mean over tokens instead of requests) or output tokens per second (throughput)."""
+    mean over tokens instead of requests; tpot_p90 and the like: percentiles) or output tokens per second
+    (throughput)."""
 
     simulate: Callable[[EngineProfile], SimResult]
     measured: Mapping[str, float]
@@ -44,7 +48,15 @@ def figure(result: SimResult, name: str) -> float:
     if name == "tpot_tokens":
         tokens = sum(f.output_tokens for f in result.finished)
         return sum(f.finished - f.first_token for f in result.finished) / tokens * 1e3
+    found = _PERCENTILE.fullmatch(name)
+    if found:
+        return result.statistic(found[1], float(found[2]))
     return result.statistic(name, None)
+
+
+def _sigma(name: str) -> float:
+    found = _PERCENTILE.fullmatch(name)
+    return SIGMAS[found[1]] * _BLUR if found else SIGMAS[name.removesuffix("_tokens")]
 
 
 def fit_engine(
@@ -72,8 +84,7 @@ def fit_engine(
         for o in observations:
             result = o.simulate(engine)
             for name, value in o.measured.items():
-                sigma = SIGMAS[name.removesuffix("_tokens")]
-                out.append(np.log(max(figure(result, name), 1e-9) / value) / sigma)
+                out.append(np.log(max(figure(result, name), 1e-9) / value) / _sigma(name))
         return np.array([*out, *x])
 
     found = least_squares(
