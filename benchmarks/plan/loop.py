@@ -3,7 +3,7 @@
 python benchmarks/plan/loop.py [--model smollm2-135m] [--rounds 3] [--keep DIR]
 
 A server of the model is started; `llmtool plan` writes its plan for the device `cpu`; `llmtool bench` runs one load
-whose rate grows and whose lengths vary, so that few and many sequences, short and long prompts are in it;
+of bursts and lulls and of many lengths, so that few and many sequences, short and long prompts are in it;
 `llmtool plan --calibrate` fits the constants to that one result; then three other loads are predicted before they
 are benched. Every load is benched `rounds` times, interleaved, and compared by medians. Wants a quiet machine.
 """
@@ -30,7 +30,7 @@ from results import save
 PORT = 8931
 CALIBRATE = [
     "--num-prompts", "64", "--random-input-len", "192", "--random-output-len", "64", "--random-range-ratio", "0.6",
-    "--ramp-up-start-rps", "0.3", "--ramp-up-end-rps", "3",
+    "--request-rate", "1.1", "--burstiness", "0.4",
 ]  # fmt: skip
 # (input tokens, output tokens, clients, requests)
 PREDICT = {

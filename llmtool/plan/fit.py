@@ -29,6 +29,7 @@ PRIORS: Mapping[str, float] = {
 # Standard deviation of a measured figure's logarithm. TTFT also hangs on the client.
 SIGMAS: Mapping[str, float] = {"tpot": 0.015, "ttft": 0.06, "e2el": 0.02, "throughput": 0.02}
 _PERCENTILE = re.compile(r"(ttft|tpot|e2el)_p(\d+)")
+HOST_FREEDOM = 3.0
 _BLUR = 2.0  # a percentile is so much less certain than a mean
 
 
@@ -67,12 +68,13 @@ def fit_engine(
     freedom: float = 1.0,
 ) -> EngineProfile:
     """The profile that makes the observations most likely. constants: those that may change. freedom: widens the
-    priors of kernels and collectives."""
+    priors of kernels and collectives, and, up to HOST_FREEDOM, those of the host."""
     from scipy.optimize import least_squares
 
     start = np.array([max(getattr(base, name), 1e-7) for name in constants])
-    kernels = ("compute", "memory", "network")
-    widths = np.array([PRIORS[name] * (freedom if name in kernels else 1.0) for name in constants])
+    free = dict.fromkeys(("compute", "memory", "network"), freedom)
+    free |= {name: min(freedom, HOST_FREEDOM) for name in ("host_step", "host_seq")}
+    widths = np.array([PRIORS[name] * free.get(name, 1.0) for name in constants])
 
     def profile(x: NDArray[np.float64]) -> EngineProfile:
         values = start * np.exp(x * widths)
@@ -87,7 +89,21 @@ def fit_engine(
                 out.append(np.log(max(figure(result, name), 1e-9) / value) / _sigma(name))
         return np.array([*out, *x])
 
-    found = least_squares(
-        residuals, np.zeros(len(start)), bounds=(-6.0, 6.0), diff_step=0.05, x_scale=1.0, max_nfev=evaluations
-    )
-    return profile(found.x)
+    # Steps of differences are relative: around 2 they are a tenth of a prior's width, around 0 nothing.
+    middle = 2.0
+    starts = [np.zeros(len(start))]
+    if (
+        freedom > 1.0 and "host_seq" in constants
+    ):  # a host that is felt per sequence is far from one that is not
+        starts.append(np.array([1.0 if name == "host_seq" else 0.0 for name in constants]))
+    found = min(
+        (
+            least_squares(
+                lambda z: residuals(z - middle), x + middle, bounds=(middle - 6.0, middle + 6.0), diff_step=0.05,
+                x_scale=1.0, max_nfev=evaluations,
+            )
+            for x in starts
+        ),
+        key=lambda fit: float(fit.cost),
+    )  # fmt: skip
+    return profile(found.x - middle)

@@ -109,7 +109,8 @@ class PlanCost:
         cost = self.ops.gemm(m, max(1, round(n)), max(1, round(k)), dtype)
         if dtype.endswith("_block"):  # activations are quantised in blocks by a kernel of their own
             extra = self.ops.stream(3.0 * m * k)
-            cost = Cost(cost.seconds + extra.seconds, cost.bound, cost.flops, cost.bytes + extra.bytes)
+            slack = cost.slack + extra.seconds if cost.slack else 0.0
+            cost = Cost(cost.seconds + extra.seconds, cost.bound, cost.flops, cost.bytes + extra.bytes, slack)
         return cost
 
     def linear(self, stage: int, m: float) -> Breakdown:
@@ -117,7 +118,7 @@ class PlanCost:
         d, total = self.deployment, Breakdown()
         for block, times in self._stages[stage].items():
             for cost in self._mixer(block, m) + self._mlp(block, m):
-                total.add(cost, times)
+                total.add(self._bound(cost), times)
         if stage:
             total.add(self._wires.send(m * d.ir.hidden * 2.0 / d.plan.tp, d.plan.stage))
         return self._scaled(total)
@@ -129,6 +130,9 @@ class PlanCost:
         total.memory *= engine.memory
         total.network *= engine.network
         return total
+
+    def _bound(self, cost: Cost) -> Cost:
+        return cost.under(self.deployment.engine.compute, self.deployment.engine.memory)
 
     def _factor(self, cost: Cost) -> float:
         return self.deployment.engine.compute if cost.bound == "compute" else self.deployment.engine.memory
@@ -234,7 +238,7 @@ class PlanCost:
         """The last norm, the vocabulary's matrix and sampling."""
         d, total = self.deployment, Breakdown()
         part = d.ir.vocab / d.plan.tp
-        total.add(self._gemm(samples, part, d.ir.hidden, "bf16"))
+        total.add(self._bound(self._gemm(samples, part, d.ir.hidden, "bf16")))
         total.add(self._wires.cost("all_gather", 2.0 * samples * d.ir.vocab, d.plan.tp))
         total.add(self.ops.stream(8.0 * samples * d.ir.vocab))
         return self._scaled(total)
@@ -252,9 +256,9 @@ class PlanCost:
         d, tp = self.deployment, self.deployment.plan.tp
         seen = context if mixer.window is None else min(context, mixer.window)
         if mixer.latent is not None:
-            return self._latent("decode", mixer, n, seen)
+            return self._bound(self._latent("decode", mixer, n, seen))
         kv_heads = max(1, mixer.kv_heads // tp)
-        return self.ops.decode(n, seen, mixer.heads // tp, kv_heads, mixer.head_dim, d.kv_dtype)
+        return self._bound(self.ops.decode(n, seen, mixer.heads // tp, kv_heads, mixer.head_dim, d.kv_dtype))
 
     def prefill_attention(self, mixer: Attention, chunks: Sequence[tuple[int, int]]) -> Cost:
         """One layer's attention of prompt chunks. The kernel's efficiency is that of as many whole sequences of the
@@ -273,6 +277,7 @@ class PlanCost:
         else:
             kv_heads = max(1, mixer.kv_heads // tp)
             cost = self.ops.prefill(n, mean, mixer.heads // tp, kv_heads, mixer.head_dim, d.kv_dtype)
+        cost = self._bound(cost)
         whole = n * mean * (mean + 1) / 2.0
         if mixer.latent is not None and self._latent_is_whole(mixer):
             share = tokens / (n * mean)  # projections dominate: by tokens
