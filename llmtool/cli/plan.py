@@ -99,6 +99,12 @@ def plan(
         bool,
         typer.Option("--fewer-devices", help="Also plans that leave devices idle.", rich_help_panel=_space),
     ] = False,
+    any_plan: Annotated[
+        bool,
+        typer.Option(
+            "--any-plan", help="Also plans that the engine has no flags for.", rich_help_panel=_space
+        ),
+    ] = False,
     disaggregate: Annotated[
         bool,
         typer.Option(

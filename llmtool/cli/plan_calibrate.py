@@ -26,6 +26,9 @@ from llmtool.sim.workload import Workload
 from llmtool.workload.arrivals import gamma
 from llmtool.workload.traces import TraceRow
 
+# Figures beside the means, where a run has enough requests: under a load that varies they tell what a step costs
+# from what a sequence in it adds.
+PERCENTILES, ENOUGH = (10, 50, 90), 20
 # How much wider the priors of kernels are where their efficiencies were not measured on this device.
 FREEDOM = {"own": 1.0, "borrowed": 3.0, "none": 15.0}
 
@@ -139,4 +142,8 @@ def observed(path: str, run: RunResult) -> tuple[Workload, dict[str, float]]:
     }
     if tpots:
         measured["tpot"] = float(np.mean(tpots)) * 1e3
+    if len(tpots) >= ENOUGH:
+        for name, values in (("ttft", [r.ttft for r in records]), ("tpot", tpots)):
+            for p in PERCENTILES:
+                measured[f"{name}_p{p}"] = float(np.percentile(values, p)) * 1e3
     return workload, measured

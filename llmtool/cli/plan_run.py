@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import typer
 
 from llmtool.cli.output import Output
+from llmtool.core.routing import make_router
 from llmtool.errors import InfeasibleError, UsageError
 from llmtool.hardware import Cluster, DeviceSpec, find_device, load_devices
 from llmtool.hardware.prices import need_price, price_of
@@ -144,9 +145,18 @@ def read_problem(output: Output, a: Arguments) -> Problem:
         max_seqs=tuple(a["max_num_seqs"] or default_seqs),
         prefix_caching=workload.shares_prefixes if caching is None else caching,
         fewer=a["fewer_devices"],
+        any_plan=a["any_plan"],
     )
     if min(*options.budgets, *options.max_seqs) < 1:
         raise UsageError("Budgets and sequence limits must be at least 1.")
+    for flag, value in (
+        ("--processes", a["processes"]),
+        ("--top", a["top"]),
+        ("--max-model-len", a["max_model_len"]),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, not {value}.")
+    make_router(a["router"])  # a wrong name is told before anything is simulated
     return Problem(a["model"], ir, cluster, tables, tier, workload, objective, options)
 
 
@@ -243,8 +253,8 @@ def launch_lines(problem: Problem, d: Deployment, a: Arguments) -> dict[str, Any
         trace = ("lengths", trace_path(a["output_file"]))
     name = hub_name(problem.model)
     lines: dict[str, Any] = {
-        "vllm": vllm_lines(name, d),
-        "sglang": sglang_lines(name, d),
+        "vllm": vllm_lines(name, d, problem.cluster.per_node),
+        "sglang": sglang_lines(name, d, problem.cluster.per_node),
         "bench": bench_line(problem.workload, problem.objective.slos, trace),
     }
     if a["output_file"] and d.plan.devices == 1:
@@ -262,19 +272,20 @@ def what_if(problem: Problem, best: Outcome, a: Arguments) -> list[dict[str, Any
     answers = []
     for question in a["what_if"]:
         s = ask(question, base, lambda name: find_device(name, a["devices_file"]), read_model)
-        same = s.cluster.device == problem.cluster.device
-        ops = Ops(s.cluster.device, problem.tables if same else load_pack(s.cluster.device))
+        device = s.cluster.device
+        same = device == problem.cluster.device
+        ops = Ops(device, problem.tables if same else load_pack(device))
+        # Another device has constants and a price of its own, or none that is known.
+        engine = s.deployment.engine if same else engine_for(device.name, a["engine"])[0]
+        price = problem.objective.price if same else price_of(device.name, None, a["prices"])
         answer: dict[str, Any] = {"question": question}
         try:
-            result = simulate(s.deployment, s.cluster, ops, s.workload, router=a["router"])
+            deployment = replace(s.deployment, engine=engine)
+            result = simulate(deployment, s.cluster, ops, s.workload, router=a["router"])
         except InfeasibleError as error:
             answer["infeasible"] = error.message
         else:
-            price = price_of(s.cluster.device.name, a["price"] if same else None, a["prices"])
-            answer |= figures(
-                result,
-                Objective(problem.objective.kind, problem.objective.slos, price or problem.objective.price),
-            )
+            answer |= figures(result, replace(problem.objective, price=price))
         answers.append(answer)
     return answers
 
@@ -334,6 +345,7 @@ def write_files(problem: Problem, result: SearchResult, document: dict[str, Any]
 
 # -- printing ----------------------------------------------------------------------------------------------------
 
+LINES = 2  # of an engine's command lines that are printed
 COLUMNS = (
     "plan",
     "tokens",
@@ -396,8 +408,11 @@ def show(output: Output, problem: Problem, result: SearchResult, document: dict[
     _show_answers(output, document)
     launch = document["launch"]
     for name in ("llmtool", "vllm", "sglang"):
-        for line in [launch[name]] if isinstance(launch.get(name), str) else launch.get(name, []):
+        lines = [launch[name]] if isinstance(launch.get(name), str) else launch.get(name, [])
+        for line in lines[:LINES]:
             output.line(line)
+        if len(lines) > LINES:
+            output.line(f"# ... and {len(lines) - LINES} more like these; --json has all")
     output.line(launch["bench"])
 
 
@@ -426,14 +441,17 @@ def _row(o: Outcome, marks: str) -> tuple[str, ...]:
 def _show_answers(output: Output, document: dict[str, Any]) -> None:
     if "what_if" in document:
         rows = []
-        for x in document["what_if"]:
+        for x in ({"question": "as planned", **document["plans"][0]}, *document["what_if"]):
             if "infeasible" in x:
-                rows.append((x["question"], x["infeasible"], "", "", ""))
+                rows.append((x["question"], x["infeasible"], "", "", "", ""))
                 continue
             figures_ = (x["output_tokens_per_s_per_device"], x["mean_ttft_ms"], x["mean_tpot_ms"])
+            dollars = x["usd_per_million_tokens"]
+            cost = "-" if dollars is None else f"{dollars:.2f}"
             met = "yes" if x["meets_slos"] else "no"
-            rows.append((x["question"], *(f"{v:.1f}" for v in figures_), met))
-        output.table("What if", ("question", "tok/s/device", "TTFT ms", "TPOT ms", "meets SLOs"), rows)
+            rows.append((x["question"], *(f"{v:.1f}" for v in figures_), cost, met))
+        columns = ("question", "tok/s/device", "TTFT ms", "TPOT ms", "$/Mtok", "meets SLOs")
+        output.table("What if", columns, rows)
     if "capacity" in document:
         c = document["capacity"]
         if c["held"] is None:

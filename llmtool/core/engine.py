@@ -98,6 +98,10 @@ class Engine:
         self.last_step = out
         return outputs
 
+    def fly(self, outs: Sequence[SchedulerOutput]) -> None:
+        """The steps in flight are now these: a simulator has taken several at once (macro.take_turns)."""
+        self._submitted = deque(outs)
+
     def run_trace(self, arrivals: Iterable[Arrival]) -> Iterator[SequenceOutput]:
         """Drive a whole trace, sorted by `at`, and yield every output. Works on either clock."""
         start = self.clock.now()

@@ -34,7 +34,7 @@ class Calibrated:
 def calibrate(base: EngineProfile, observations: Sequence[Observation], freedom: float) -> Calibrated:
     """Fit `base` to measured runs. freedom: how much wider than its own the priors of kernels are: 1 with
     efficiencies measured on this device, more without."""
-    profile = fit_engine(base, observations, evaluations=12, freedom=freedom)
+    profile = fit_engine(base, observations, evaluations=16, freedom=freedom)
     errors = []
     for o in observations:
         before, after = o.simulate(base), o.simulate(profile)

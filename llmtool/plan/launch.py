@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
+from llmtool.plan.runnable import why_not_runnable
 from llmtool.sim.deployment import Deployment
 from llmtool.sim.workload import Workload
 from llmtool.workload.slo import SLO
@@ -12,9 +13,13 @@ from llmtool.workload.slo import SLO
 _VLLM_DTYPES = {"fp8": "fp8", "fp8_block": "fp8"}
 
 
-def vllm_lines(model: str, d: Deployment) -> list[str]:
-    """`vllm serve` for one engine of the plan; with several, one each, on devices of their own."""
+def vllm_lines(model: str, d: Deployment, per_node: int = 8) -> list[str]:
+    """`vllm serve` for one engine of the plan; with several, one each, on devices of their own. A comment where
+    vLLM cannot run it. per_node: devices of a node; what reaches further is started on each node."""
     plan = d.plan
+    why = why_not_runnable("vllm", plan, d.ir)
+    if why:
+        return [f"# {why}"]
     parts = ["vllm", "serve", model]
     if plan.tp > 1:
         parts += ["--tensor-parallel-size", str(plan.tp)]
@@ -36,12 +41,27 @@ def vllm_lines(model: str, d: Deployment) -> list[str]:
     environment = []
     if len(set(plan.layers)) > 1:
         environment.append(f"VLLM_PP_LAYER_PARTITION={','.join(map(str, plan.layers))}")
-    return _engines(parts, plan.dp, plan.engine, environment, 8000)
+    if plan.engine <= per_node:
+        return _engines(parts, plan.dp, plan.engine, environment, 8000, per_node)
+    nodes = -(-plan.engine // per_node)
+    if plan.attention_dp % nodes:  # groups reach over nodes: Ray starts the ranks
+        return _spanning([[*parts, "--distributed-executor-backend", "ray"]], plan.dp, nodes, environment)
+    local = plan.attention_dp // nodes
+    shared = ["--data-parallel-size-local", str(local), "--data-parallel-address", "NODE0"]
+    shared += ["--data-parallel-rpc-port", "13345"]
+    ranks = [[*parts, *shared]]
+    ranks += [
+        [*parts, *shared, "--headless", "--data-parallel-start-rank", str(i * local)] for i in range(1, nodes)
+    ]
+    return _spanning(ranks, plan.dp, nodes, environment)
 
 
-def sglang_lines(model: str, d: Deployment) -> list[str]:
-    """`sglang.launch_server` for one engine of the plan. Its --tp-size counts the whole stage."""
+def sglang_lines(model: str, d: Deployment, per_node: int = 8) -> list[str]:
+    """`sglang.launch_server` for one engine of the plan. Its --tp-size counts the whole stage. As vllm_lines."""
     plan = d.plan
+    why = why_not_runnable("sglang", plan, d.ir)
+    if why:
+        return [f"# {why}"]
     parts = ["python", "-m", "sglang.launch_server", "--model-path", model]
     if plan.stage > 1:
         parts += ["--tp-size", str(plan.stage)]
@@ -64,18 +84,40 @@ def sglang_lines(model: str, d: Deployment) -> list[str]:
         parts += ["--kv-cache-dtype", "fp8_e4m3"]
     if not d.prefix_caching:
         parts += ["--disable-radix-cache"]
-    return _engines(parts, plan.dp, plan.engine, [], 30000)
+    if plan.engine <= per_node:
+        return _engines(parts, plan.dp, plan.engine, [], 30000, per_node)
+    nodes = -(-plan.engine // per_node)
+    ranks = [
+        [*parts, "--nnodes", str(nodes), "--node-rank", str(i), "--dist-init-addr", "NODE0:5000"]
+        for i in range(nodes)
+    ]
+    return _spanning(ranks, plan.dp, nodes, [])
 
 
-def _engines(parts: Sequence[str], dp: int, devices: int, environment: Sequence[str], port: int) -> list[str]:
+def _engines(
+    parts: Sequence[str], dp: int, devices: int, environment: Sequence[str], port: int, per_node: int
+) -> list[str]:
+    """Engines that fit a node: as many to a node as do, device numbers counted in it."""
     line = shlex.join(parts)
     if dp == 1:
         return [" ".join([*environment, line])]
-    out = []
+    out, together = [], per_node // devices
     for i in range(dp):
-        ids = ",".join(str(i * devices + j) for j in range(devices))
-        out.append(" ".join([f"CUDA_VISIBLE_DEVICES={ids}", *environment, line, f"--port {port + i}"]))
+        node, place = divmod(i, together)
+        ids = ",".join(str(place * devices + j) for j in range(devices))
+        text = " ".join([f"CUDA_VISIBLE_DEVICES={ids}", *environment, line, f"--port {port + place}"])
+        out.append(f"{text}  # node {node}" if dp > together else text)
     return out
+
+
+def _spanning(ranks: Sequence[Sequence[str]], dp: int, nodes: int, environment: Sequence[str]) -> list[str]:
+    """Engines that fill several nodes. ranks: what to run on each node of one, or on its first alone. NODE0 stands
+    for the address of an engine's first node."""
+    return [
+        f"{' '.join([*environment, shlex.join(parts)])}  # node {engine * nodes + i}"
+        for engine in range(dp)
+        for i, parts in enumerate(ranks)
+    ]
 
 
 def llmtool_line(plan_file: str) -> str:

@@ -32,7 +32,7 @@ KEEP = 0.25  # and at least this part of the round
 ROUNDS = (0.06, 0.25)  # parts of the trace
 SMALLEST = 48  # requests of a round at least
 FULL = 12  # plans that need no round
-MOST = 24  # plans simulated in full at most, when there were rounds
+MOST = 24  # plans simulated in full at most, when there were rounds; their variants in limits not counted
 
 Progress = Callable[[str, float | None], None]
 
@@ -232,10 +232,12 @@ class _Search:
 
     def _halve(self, candidates: list[Outcome]) -> list[Outcome]:
         """Rounds on the head of the trace; what stays is everything near the best and a part of the rest."""
+        rounds = 0
         for part in ROUNDS:
             count = max(SMALLEST, round(part * len(self._workload.rows)))
             if len(candidates) <= FULL or count * 2 > len(self._workload.rows):
                 continue
+            rounds += 1
             head = self._workload.head(count)
             for o, found in self._map(candidates, head, False, f"round of {count} requests"):
                 o.loss, o.meets = found["loss"], found["meets"]
@@ -254,7 +256,22 @@ class _Search:
                         f"round made {self._objective.describe(best.loss)}"
                     )
             candidates = stay
-        return candidates
+        return self._most(candidates) if rounds else candidates
+
+    @staticmethod
+    def _most(candidates: list[Outcome]) -> list[Outcome]:
+        """The best of the last round, up to MOST plans."""
+        plans: set[Any] = set()
+        stay = []
+        for o in candidates:
+            key = (o.deployment.plan, o.deployment.dtype, o.deployment.kv_dtype)
+            if key in plans or len(plans) < MOST:
+                plans.add(key)
+                stay.append(o)
+            else:
+                o.stage = "halved"
+                o.why_not = f"{MOST} plans were ahead of it after the last round"
+        return stay
 
     def _simulate_in_full(self, candidates: list[Outcome], exhaustive: bool) -> None:
         """Best first; what others' results rule out meanwhile is not simulated."""

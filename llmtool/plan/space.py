@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from llmtool.hardware import Cluster
+from llmtool.plan.runnable import why_not_runnable
 from llmtool.sim.deployment import Deployment
 from llmtool.sim.engines import EngineProfile
 from llmtool.sim.ir import ModelIR
@@ -21,7 +22,8 @@ from llmtool.sim.parallel import ParallelPlan, why_invalid
 
 @dataclass(frozen=True, slots=True)
 class SpaceOptions:
-    """dtypes, kv_dtypes, budgets, max_seqs: what may be chosen from. fewer: also plans that leave devices idle."""
+    """dtypes, kv_dtypes, budgets, max_seqs: what may be chosen from. fewer: also plans that leave devices idle.
+    any_plan: also plans that the engine has no flags for."""
 
     engine: EngineProfile
     max_len: int
@@ -32,6 +34,7 @@ class SpaceOptions:
     block_size: int = 16
     prefix_caching: bool = False
     fewer: bool = False
+    any_plan: bool = False
 
 
 @dataclass
@@ -91,6 +94,10 @@ def build_space(ir: ModelIR, cluster: Cluster, options: SpaceOptions) -> Space:
             why = why_invalid(plan, ir)
             if why:
                 space.reject("the model does not divide so", f"{plan}: {why}", variants)
+                continue
+            why = "" if options.any_plan else why_not_runnable(options.engine.name, plan, ir)
+            if why:
+                space.reject(f"{options.engine.name} has no flags for it", f"{plan}: {why}", variants)
                 continue
             if plan.attention_dp > 1 and not ir.is_moe and plan.pp == 1 and plan.tp * plan.attention_dp > 8:
                 space.reject("attention-DP of a dense model beyond a node", str(plan), variants)

@@ -29,12 +29,26 @@ COMPUTE_SHARE, MEMORY_SHARE = 0.7, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """seconds: of the operation. bound: compute | memory | network. flops, bytes: what it does and moves."""
+    """seconds: of the operation. bound: compute | memory | network. flops, bytes: what it does and moves. slack:
+    seconds that the other of compute and memory would take, where both are only estimated; 0 where the time is
+    measured."""
 
     seconds: float
     bound: str
     flops: float = 0.0
     bytes: float = 0.0
+    slack: float = 0.0
+
+    def under(self, compute: float, memory: float) -> Cost:
+        """By which of the two the operation is bound when compute takes `compute` times as long, memory `memory`
+        times: seconds are still without the factors."""
+        if not self.slack or self.bound == "network":
+            return self
+        mine, other = (compute, memory) if self.bound == "compute" else (memory, compute)
+        if self.slack * other <= self.seconds * mine:
+            return self
+        bound = "memory" if self.bound == "compute" else "compute"
+        return Cost(self.slack, bound, self.flops, self.bytes, self.seconds)
 
 
 def load_pack(device: DeviceSpec) -> Tables | None:
@@ -62,8 +76,11 @@ class Ops:
         table: Grid | None = self._grids.get(key)
         if table is not None:
             return Cost(best * table.ratio(*at), bound, flops, nbytes)
-        share = COMPUTE_SHARE if bound == "compute" else MEMORY_SHARE
-        return Cost(LAUNCH + best / share, bound, flops, nbytes)
+        compute = LAUNCH + flops / self.device.peak(dtype) / COMPUTE_SHARE
+        memory = LAUNCH + nbytes / self.device.bandwidth / MEMORY_SHARE
+        if compute > memory:
+            return Cost(compute, "compute", flops, nbytes, memory)
+        return Cost(memory, "memory", flops, nbytes, compute)
 
     def gemm(self, m: float, n: int, k: int, dtype: str) -> Cost:
         """[m, k] x [k, n], weights in `dtype`; those in blocks take what plain ones take."""

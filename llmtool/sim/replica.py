@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from llmtool.config import SchedulerConfig
 from llmtool.core.engine import Engine
-from llmtool.core.macro import advance, quiet_steps
+from llmtool.core.macro import Turns, advance, quiet_steps, quiet_turns, take_turns
 from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import SchedulerOutput, StepResult, VirtualClock
 from llmtool.core.request import SamplingParams, SequenceOutput
@@ -109,24 +109,21 @@ class PlanExecutor:
 
     def _run(self, batch: Batch) -> tuple[float, float]:
         """What the step takes, and the moment its result is there."""
-        cost = self._cost
-        now = start = self._clock.now()
+        cost, now = self._cost, self._clock.now()
         if self.max_in_flight == 1:
             seconds = cost.seconds(batch)
             done = now + seconds
         else:
+            start = now
             for stage, free in enumerate(self._free):
-                start = max(start, free)
-                start = self._free[stage] = start + cost.stage_seconds(stage, batch)
+                start = self._free[stage] = max(start, free) + cost.stage_seconds(stage, batch)
             done = start + cost.host(batch.decodes + len(batch.chunks))
             seconds = done - now
-        prompt = batch.tokens - batch.decodes
-        self._count(now, done, batch, prompt)
-        self._done = done
+        self._count(now, done, batch)
         return seconds, done
 
-    def _count(self, now: float, done: float, batch: Batch, prompt: int) -> None:
-        t = self.totals
+    def _count(self, now: float, done: float, batch: Batch) -> None:
+        t, prompt = self.totals, batch.tokens - batch.decodes
         t.steps += 1
         t.peak_seqs = max(t.peak_seqs, batch.decodes + len(batch.chunks))
         t.peak_tokens = max(t.peak_tokens, batch.decodes + prompt)
@@ -139,6 +136,7 @@ class PlanExecutor:
             t.prompt_pairs += sum(c * (s + (c + 1) / 2) for c, s in batch.chunks)
         if self._record:
             t.timeline.append((now, done - now, batch.decodes, prompt, 1))
+        self._done = done
 
     def collect(self) -> StepResult:
         result, done = self._queue.popleft()
@@ -157,6 +155,42 @@ class PlanExecutor:
         t.decode_context += context * steps + n * steps * (steps - 1) // 2
         if self._record:
             t.timeline.append((self._clock.now(), total, n, 0, steps))
+
+    def turns(self, quiet: Turns, until: float) -> tuple[int, list[float]]:
+        """Quiet turns of a pipeline that begin before `until`: how many, and when the steps then in flight will be
+        done. Moves the clock past them."""
+        sizes = [len(members) for members in quiet.batches]
+        contexts = [sum(r.num_submitted + 1 for r in members) for members in quiet.batches]
+        costs = [(self._cost.host(n), self._cost.decode_stages(n)) for n in sizes]
+        dones, count = deque(done for _, done in self._queue), len(sizes)
+        t, free, taken = self.totals, self._free, 0
+        while taken < quiet.turns and (now := self._clock.now()) < until:
+            turn = (taken - 1) % count
+            n, context, (host, stages), start = sizes[turn], contexts[turn], costs[turn], now
+            for stage, seconds in enumerate(stages(context)):
+                at = free[stage]
+                start = free[stage] = (start if start > at else at) + seconds
+            done = start + host
+            t.busy += done - max(now, self._done)
+            t.decodes += n
+            t.decode_context += context
+            if self._record:
+                t.timeline.append((now, done - now, n, 0, 1))
+            self._done = done
+            contexts[turn] = context + n
+            dones.append(done)
+            self._clock.elapse(max(0.0, dones.popleft() - now))
+            taken += 1
+        t.steps += taken
+        peak = max(sizes)
+        t.peak_seqs, t.peak_tokens = max(t.peak_seqs, peak), max(t.peak_tokens, peak)
+        return taken, list(dones)
+
+    def fly(self, outs: Sequence[SchedulerOutput], dones: Sequence[float]) -> None:
+        """The steps in flight are now these."""
+        self._queue.clear()
+        for out, done in zip(outs, dones, strict=True):
+            self._queue.append((StepResult(out.step_id, [[TOKEN] for _ in out.scheduled]), done))
 
 
 class Replica:
@@ -182,7 +216,7 @@ class Replica:
         config = SchedulerConfig(d.max_seqs, budget, d.max_len, 10**9)
         self.clock = VirtualClock()
         self._cost = cost
-        self._macro = macro and d.plan.pp == 1
+        self._macro = macro
         self._executor = PlanExecutor(cost, self.clock, record, prefilled)
         self.engine = Engine(Scheduler(config, self._allocator), self._executor, self.clock)
         self._pending: deque[SimRequest] = deque()
@@ -243,15 +277,15 @@ class Replica:
         """Take quiet steps if there are any before `until` and the next arrival."""
         if not self._macro:
             return False
+        end = min(until, self._pending[0].at if self._pending else until)
+        if self._executor.max_in_flight > 1:
+            return self._turns(end)
         scheduler = self.engine.scheduler
-        if self._executor._queue:
-            return False
         steps = quiet_steps(scheduler, _MACRO)
         if steps < 1:
             return False
         running = scheduler._roster.running
         n, context = len(running), sum(r.num_submitted + 1 for r in running)
-        end = min(until, self._pending[0].at if self._pending else until)
         durations, now = [], self.clock.now()
         for seconds in self._cost.decode_run(n, context, steps):
             if now >= end:
@@ -262,6 +296,19 @@ class Replica:
         for seconds in durations:  # one by one, so that sums round as they do step by step
             self.clock.elapse(seconds)
         self._take(advance(scheduler, len(durations), TOKEN, self.clock.now()))
+        return True
+
+    def _turns(self, end: float) -> bool:
+        """The same for a pipeline."""
+        scheduler = self.engine.scheduler
+        quiet = quiet_turns(scheduler, _MACRO)
+        if quiet is None:
+            return False
+        taken, dones = self._executor.turns(quiet, end)
+        outputs, outs = take_turns(scheduler, quiet, taken, TOKEN, self.clock.now())
+        self.engine.fly(outs)
+        self._executor.fly(outs, dones)
+        self._take(outputs)
         return True
 
     def _take(self, outputs: list[SequenceOutput]) -> None:

@@ -20,6 +20,7 @@ from llmtool.sim.stepcost import Batch, Breakdown, PlanCost
 from llmtool.sim.workload import Workload, sim_request
 from llmtool.workload.metrics import RequestRecord, judge, latencies_ms
 from llmtool.workload.slo import SLO
+from llmtool.workload.traces import TraceRow
 
 IDLE_SHARE = 0.3  # of a device's power when it does nothing; the rest follows what it is used for
 
@@ -175,7 +176,8 @@ def simulate(
     memory = device_memory(deployment, cluster.device)
     plan = deployment.plan
     count = plan.dp * plan.attention_dp
-    replicas = [Replica(cost, memory, macro, record) for _ in range(count)]
+    shares = [workload.rows[i::count] if router == "round-robin" else workload.rows for i in range(count)]
+    replicas = [Replica(cost, _at_most(memory, deployment, rows), macro, record) for rows in shares]
     if workload.concurrency is not None:
         _closed_loop(replicas, workload)
     else:
@@ -193,6 +195,14 @@ def simulate(
         preemptions=sum(r.stats.preemptions for r in replicas),
         kv_peak=max(r.stats.pages_peak for r in replicas) / memory.pages,
     )
+
+
+def _at_most(memory: DeviceMemory, d: Deployment, rows: Sequence[TraceRow]) -> DeviceMemory:
+    """No more pages than these requests could fill together, with the room that the scheduler keeps: as many as
+    there are decide the same, and cost time to set up."""
+    page = d.block_size
+    most = sum(-(-(row.input_len + row.output_len) // page) + 1 for row in rows)
+    return replace(memory, pages=min(memory.pages, max(most, -(-d.max_len // page)) + d.max_seqs))
 
 
 def _open_loop(replicas: list[Replica], workload: Workload, router: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -109,7 +109,8 @@ class PlanCost:
         cost = self.ops.gemm(m, max(1, round(n)), max(1, round(k)), dtype)
         if dtype.endswith("_block"):  # activations are quantised in blocks by a kernel of their own
             extra = self.ops.stream(3.0 * m * k)
-            cost = Cost(cost.seconds + extra.seconds, cost.bound, cost.flops, cost.bytes + extra.bytes)
+            slack = cost.slack + extra.seconds if cost.slack else 0.0
+            cost = Cost(cost.seconds + extra.seconds, cost.bound, cost.flops, cost.bytes + extra.bytes, slack)
         return cost
 
     def linear(self, stage: int, m: float) -> Breakdown:
@@ -117,7 +118,7 @@ class PlanCost:
         d, total = self.deployment, Breakdown()
         for block, times in self._stages[stage].items():
             for cost in self._mixers(block, m) + self._mlp(block, m):
-                total.add(cost, times)
+                total.add(self._bound(cost), times)
         if stage:
             total.add(self._wires.send(m * d.ir.hidden * 2.0 / d.plan.tp, d.plan.stage))
         return self._scaled(total)
@@ -129,6 +130,9 @@ class PlanCost:
         total.memory *= engine.memory
         total.network *= engine.network
         return total
+
+    def _bound(self, cost: Cost) -> Cost:
+        return cost.under(self.deployment.engine.compute, self.deployment.engine.memory)
 
     def _factor(self, cost: Cost) -> float:
         return self.deployment.engine.compute if cost.bound == "compute" else self.deployment.engine.memory
@@ -243,7 +247,7 @@ class PlanCost:
         """The last norm, the vocabulary's matrix and sampling."""
         d, total = self.deployment, Breakdown()
         part = d.ir.vocab / d.plan.tp
-        total.add(self._gemm(samples, part, d.ir.hidden, "bf16"))
+        total.add(self._bound(self._gemm(samples, part, d.ir.hidden, "bf16")))
         total.add(self._wires.cost("all_gather", 2.0 * samples * d.ir.vocab, d.plan.tp))
         total.add(self.ops.stream(8.0 * samples * d.ir.vocab))
         return self._scaled(total)
@@ -261,9 +265,9 @@ class PlanCost:
         d, tp = self.deployment, self.deployment.plan.tp
         seen = mixer.seen(context)
         if mixer.latent is not None:
-            return self._latent("decode", mixer, n, seen)
+            return self._bound(self._latent("decode", mixer, n, seen))
         kv_heads = max(1, mixer.kv_heads // tp)
-        return self.ops.decode(n, seen, mixer.heads // tp, kv_heads, mixer.head_dim, d.kv_dtype)
+        return self._bound(self.ops.decode(n, seen, mixer.heads // tp, kv_heads, mixer.head_dim, d.kv_dtype))
 
     def prefill_attention(self, mixer: Attention, chunks: Sequence[tuple[int, int]]) -> Cost:
         """One layer's attention of prompt chunks. The kernel's efficiency is that of as many whole sequences of the
@@ -283,6 +287,7 @@ class PlanCost:
         else:
             kv_heads = max(1, mixer.kv_heads // tp)
             cost = self.ops.prefill(n, mean, mixer.heads // tp, kv_heads, mixer.head_dim, d.kv_dtype)
+        cost = self._bound(cost)
         whole = n * mean * (mean + 1) / 2.0
         if mixer.latent is not None and self._latent_is_whole(mixer):
             share = tokens / (n * mean)  # projections dominate: by tokens
@@ -333,14 +338,29 @@ class PlanCost:
     def decode_run(self, n: int, context: int, steps: int) -> list[float]:
         """Seconds of `steps` steps in a row of n decoding sequences, which see `context` tokens in all in the first
         step and n more in each further one. The same numbers as `seconds` gives one by one."""
-        fixed = sum(self._fixed_part(i, n) for i in range(self.deployment.plan.pp))
-        host = self.host(n)
-        rows = [self._row(i, n) for i in range(self.deployment.plan.pp)]
-        out = []
-        for step in range(steps):
-            mean = (context + step * n) / n
-            out.append(fixed + sum(_interpolate(CONTEXTS, row, mean) for row in rows) + host)
-        return out
+        host, stages = self.host(n), self.decode_stages(n)
+        return [sum(stages(context + step * n)) + host for step in range(steps)]
+
+    def decode_stages(self, n: int) -> Callable[[int], list[float]]:
+        """Seconds of each stage for n decoding sequences, by the tokens they see in all. The same numbers as
+        `stage_seconds` gives, sooner where one call sees hardly more than the one before."""
+        parts = [(self._fixed_part(i, n), self._row(i, n)) for i in range(self.deployment.plan.pp)]
+        low, first, last, span = 0, 1.0, 0.0, 1.0  # of the segment of CONTEXTS: none yet
+        segment: list[tuple[float, float, float]] = []
+
+        def stages(context: int) -> list[float]:
+            nonlocal low, first, last, span, segment
+            x = context / n
+            if not first <= x < last:
+                low = max(0, min(bisect_right(CONTEXTS, x), len(CONTEXTS) - 1) - 1)
+                first, last = CONTEXTS[low], CONTEXTS[low + 1]
+                span = last - first
+                segment = [(fixed, row[low], row[low + 1] - row[low]) for fixed, row in parts]
+            if x <= CONTEXTS[0]:
+                return [fixed + value for fixed, value, _ in segment]
+            return [fixed + (value + rise * (x - first) / span) for fixed, value, rise in segment]
+
+        return stages
 
     def _fixed_part(self, stage: int, n: int) -> float:
         key = (stage, n)

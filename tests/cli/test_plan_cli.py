@@ -64,6 +64,22 @@ def test_a_plan_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     )
 
 
+def test_another_device_has_its_own_constants_and_price() -> None:
+    """A price that is not known is never another device's."""
+    flags = ["--num-devices", "1", "--num-prompts", "20", "--processes", "1", "--price", "2"]
+    data = document("plan", "smollm2-360m", "--device", "h100", *flags, "--what-if", "device=b200",
+                    "--what-if", "device=l4", "--what-if", "rate=1")  # fmt: skip
+    b200, l4, same = data["what_if"]
+    best = data["plans"][0]
+    assert l4["usd_per_million_tokens"] is None and b200["usd_per_million_tokens"] is not None
+    assert same["usd_per_million_tokens"] == pytest.approx(best["usd_per_million_tokens"])
+    limits = ["--max-num-seqs", str(best["max_num_seqs"]), "--max-num-batched-tokens"]
+    there = document(
+        "plan", "smollm2-360m", "--device", "b200", *flags, *limits, str(best["max_num_batched_tokens"])
+    )
+    assert b200["mean_tpot_ms"] == pytest.approx(there["plans"][0]["mean_tpot_ms"])
+
+
 def test_one_device_serves_its_plan(tmp_path: Path) -> None:
     file = str(tmp_path / "plan.toml")
     shown = call(*SMALL, "--num-devices", "1", "-o", file, "-q")
@@ -96,6 +112,8 @@ def test_a_plan_of_several_devices_is_not_served_here(tmp_path: Path) -> None:
         ([*SMALL, "--workload", "poetry"], 2, "workload 'poetry' is unknown"),
         ([*SMALL, "--request-rate", "2", "--max-concurrency", "3"], 2, "exclude each other"),
         ([*SMALL, "--trace", "/nowhere.csv"], 2, "Cannot read the trace"),
+        ([*SMALL, "--router", "magic"], 2, "router 'magic' is unknown"),
+        ([*SMALL, "--processes", "0"], 2, "--processes must be at least 1"),
         ([*SMALL, "--num-devices", "2", "--slo", "tpot:p50:0.0001"], 4, "No plan meets"),
         ([*SMALL, "--num-devices", "1", "--what-if", "weather=rain"], 2, "no question"),
         (

@@ -17,7 +17,9 @@ from llmtool.plan.objective import Objective, figures
 from llmtool.plan.perfetto import trace_events
 from llmtool.plan.planfile import read_plan, serve_settings, write_plan
 from llmtool.plan.report import distinct, pareto, ties, why_it_loses
+from llmtool.plan.runnable import why_not_runnable
 from llmtool.plan.search import Outcome
+from llmtool.plan.space import SpaceOptions, build_space
 from llmtool.plan.tier import tier_of
 from llmtool.plan.whatif import Scenario, ask
 from llmtool.plan.workloads import NAMED, guess_format, make_workload, write_trace
@@ -150,6 +152,39 @@ def test_launch_lines_carry_the_plan() -> None:
     assert sglang[sglang.index("--tp-size") + 1] == "4" and "--enable-dp-attention" in sglang
     uneven = vllm_lines("m", deployment(ParallelPlan(pp=2, layers=(5, 3))))[0]
     assert uneven.startswith("VLLM_PP_LAYER_PARTITION=5,3 vllm serve m --pipeline-parallel-size 2")
+
+
+def test_plans_without_flags_get_no_line() -> None:
+    halves = ParallelPlan(tp=2, attention_dp=2, ep=2)
+    assert vllm_lines("m", deployment(halves, mixture())) == [
+        "# vllm spreads experts over all 4 devices of a stage, or cuts each of them over all."
+    ]
+    assert sglang_lines("m", deployment(halves, mixture()))[0].startswith("python -m sglang.launch_server")
+    shared = deployment(ParallelPlan(tp=2, attention_dp=2))
+    assert vllm_lines("m", shared)[0].startswith("# ") and sglang_lines("m", shared)[0].startswith("# ")
+    engine = replace(ENGINE, name="vllm")
+    cluster = Cluster(device(), 4)
+    spaces = [
+        build_space(mixture(), cluster, SpaceOptions(engine, 256, any_plan=any_plan))
+        for any_plan in (False, True)
+    ]
+    few, all_ = ({d.plan for d in space.feasible} for space in spaces)
+    assert few == {p for p in all_ if not why_not_runnable("vllm", p, mixture())} and few < all_
+    assert spaces[0].enumerated == spaces[1].enumerated
+
+
+def test_launch_lines_over_nodes() -> None:
+    eight = vllm_lines("m", deployment(ParallelPlan(tp=2, dp=8)), per_node=4)
+    assert eight[3].startswith("CUDA_VISIBLE_DEVICES=2,3 vllm") and eight[3].endswith("--port 8001  # node 1")
+    wide = deployment(ParallelPlan(tp=4, attention_dp=2, ep=8), mixture())
+    first, second = vllm_lines("m", wide, per_node=4)
+    assert "--data-parallel-size-local 1" in first and second.endswith(
+        "--data-parallel-start-rank 1  # node 1"
+    )
+    ranks = sglang_lines("m", wide, per_node=4)
+    assert ["--node-rank 0" in ranks[0], "--node-rank 1" in ranks[1], len(ranks)] == [True, True, 2]
+    deep = vllm_lines("m", deployment(ParallelPlan(tp=4, pp=2)), per_node=4)
+    assert len(deep) == 1 and "--distributed-executor-backend ray" in deep[0]
 
 
 def test_the_bench_line_is_one_that_bench_takes() -> None:

@@ -15,7 +15,8 @@ from llmtool.core.request import SamplingParams
 from llmtool.core.scheduler import Scheduler
 from llmtool.core.steplog import decision
 from llmtool.errors import InfeasibleError
-from llmtool.hardware import Cluster
+from llmtool.hardware import Cluster, DeviceSpec
+from llmtool.sim.deployment import Deployment
 from llmtool.sim.disaggregate import Split, simulate_split, transfer_seconds
 from llmtool.sim.memory import device_memory
 from llmtool.sim.ops import Ops
@@ -30,17 +31,38 @@ from tests.support.core import MemoryExecutor
 TIGHT = 446_000_000  # bytes of device memory that leave a few dozen pages
 
 
+def tight(d: Deployment, pages: int = 39) -> DeviceSpec:
+    """A device on which a deployment has so many pages left."""
+    low, high = 0, 2 * 10**9
+    while high - low > 1000:
+        middle = (low + high) // 2
+        low, high = (
+            (low, middle) if device_memory(d, device(memory=middle)).pages >= pages else (middle, high)
+        )
+    return device(memory=high)
+
+
 def facts(f: Finished) -> tuple[float, ...]:
     return f.arrival, f.first_scheduled, f.first_token, f.finished, f.output_tokens
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from([3.0, 30.0, 300.0]), st.booleans(), st.booleans())
-@settings(max_examples=40, deadline=None)
-def test_macro_steps_change_nothing(seed: int, rate: float, tight: bool, closed: bool) -> None:
-    """With pages in plenty and short (preemptions), under a rate and in a closed loop: moments, counters, steps."""
-    spec = device(memory=TIGHT) if tight else device()
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([3.0, 30.0, 300.0]),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1, 1, 2, 3, 4]),
+    st.booleans(),
+)
+@settings(max_examples=80, deadline=None)
+def test_macro_steps_change_nothing(
+    seed: int, rate: float, short: bool, closed: bool, pp: int, caching: bool
+) -> None:
+    """With pages in plenty and short (preemptions), under a rate and in a closed loop, in pipelines: moments,
+    counters, steps."""
     workload = load(25, None if closed else rate, seed, clients=6 if closed else None)
-    d = deployment(ParallelPlan(), max_len=400)
+    d = deployment(ParallelPlan(pp=pp), max_len=400, prefix_caching=caching)
+    spec = tight(d) if short else device()
     fast, slow = (run(d, workload, spec, macro=macro) for macro in (True, False))
     assert [facts(f) for f in fast.finished] == [facts(f) for f in slow.finished]
     assert fast.preemptions == slow.preemptions and fast.kv_peak == slow.kv_peak
@@ -49,9 +71,32 @@ def test_macro_steps_change_nothing(seed: int, rate: float, tight: bool, closed:
         assert (a.prompt_tokens, a.peak_seqs, a.peak_tokens) == (b.prompt_tokens, b.peak_seqs, b.peak_tokens)
 
 
-def test_tight_memory_preempts() -> None:
-    result = run(deployment(ParallelPlan(), max_len=400), load(25, 300.0, 1), device(memory=TIGHT))
+def test_chunks_of_a_preempted_sequence_in_flight_are_not_quiet() -> None:
+    """It has output already, and yet computes its prompt again, in several steps at once."""
+    d = deployment(ParallelPlan(pp=3), max_len=400, max_seqs=8, budget=64)
+    fast, slow = (run(d, load(12, 10.0, 1), tight(d), macro=macro) for macro in (True, False))
+    assert [facts(f) for f in fast.finished] == [facts(f) for f in slow.finished]
+    assert fast.preemptions == slow.preemptions > 0
+
+
+@pytest.mark.parametrize("pp", [1, 3])
+def test_tight_memory_preempts(pp: int) -> None:
+    d = deployment(ParallelPlan(pp=pp), max_len=400)
+    result = run(d, load(25, 300.0, 1), tight(d))
     assert result.preemptions > 0 and result.kv_peak > 0.8
+
+
+def test_a_pipeline_takes_most_of_its_steps_many_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    real = Engine.step
+
+    def counted(self: Engine) -> object:
+        taken.append(1)
+        return real(self)
+
+    monkeypatch.setattr(Engine, "step", counted)
+    result = run(deployment(ParallelPlan(pp=4)), load(25, 5.0, 1))
+    assert len(taken) < result.totals[0].steps / 3
 
 
 class _Served:
@@ -225,6 +270,17 @@ def test_prefill_and_decode_apart() -> None:
 def test_a_sequence_that_does_not_fit_is_refused() -> None:
     with pytest.raises(InfeasibleError, match="KV memory holds"):
         run(deployment(ParallelPlan(), max_len=8000), load(3), device(memory=TIGHT))
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_pages_that_nothing_can_fill_change_nothing(caching: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    d = deployment(ParallelPlan(dp=2), max_len=2048, budget=2048, prefix_caching=caching)
+    rows = tuple(TraceRow(i * 0.01, 1024 + 100, 40, (1, 2, 3 + i % 5)) for i in range(40))
+    fewer = run(d, Workload("x", rows))
+    monkeypatch.setattr("llmtool.sim.simulate._at_most", lambda memory, d, rows: memory)
+    whole = run(d, Workload("x", rows))
+    assert [facts(f) for f in fewer.finished] == [facts(f) for f in whole.finished]
+    assert fewer.kv_peak == whole.kv_peak > 0
 
 
 def test_nothing_is_quiet_without_running_sequences() -> None:

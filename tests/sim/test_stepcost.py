@@ -1,5 +1,8 @@
 """The cost of a plan's steps: known answers and laws that any cost must obey."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -122,3 +125,21 @@ def test_expert_parallelism_reads_less_and_sends_more() -> None:
         deployment(ParallelPlan(attention_dp=4, ep=4), mixture()), Cluster(spec, 4), Ops(spec, None)
     )
     assert spread.linear(0, 64).network > 0
+
+
+def test_factors_move_the_ridge_of_a_roofline() -> None:
+    """Slower memory can make a step memory-bound that was bound by compute: with any factors more tokens take no
+    less time than fewer."""
+    spec = device()
+    base = ParallelPlan()
+    for compute, memory in ((1.0, 1.0), (0.1, 1.0), (1.0, 0.1), (0.2, 3.0)):
+        d = deployment(base)
+        d = replace(d, engine=replace(d.engine, compute=compute, memory=memory))
+        cost = PlanCost(d, Cluster(spec, 1), Ops(spec, None))
+        linear = cost._linear[0]
+        assert all(a <= b * (1 + 1e-9) for a, b in pairwise(linear))
+        work = Ops(spec, None).gemm(256, 1024, 1024, "bf16")
+        seen = work.under(compute, memory)
+        legs = {work.bound: work.seconds, ("memory" if work.bound == "compute" else "compute"): work.slack}
+        factors = {"compute": compute, "memory": memory}
+        assert seen.seconds * factors[seen.bound] == max(legs[k] * factors[k] for k in legs)
