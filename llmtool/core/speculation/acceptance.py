@@ -23,11 +23,10 @@ PRIOR = np.array([0.45, 0.52, 0.60, 0.70, 0.80, 0.88])
 FIRST_WEIGHT, PRIOR_WEIGHT = (
     4.0,
     1.0,
-)  # observations that the prior of the first and of later positions is worth
-MEMORY, STEP_MEMORY = (
-    0.99,
-    0.97,
-)  # a cell remembers about its last 100 observations, or 33 steps if those hold more
+)  # observations that the priors of the first and later positions are worth
+ENOUGH = 16.0  # observations after which the prior of the first fades: a drafter may be always wrong
+# A cell remembers about its last 100 observations, or 33 steps if those hold more.
+MEMORY, STEP_MEMORY = 0.99, 0.97
 DRIFT = 0.998  # and the table about its last 500 steps
 
 
@@ -63,9 +62,8 @@ class AcceptanceTable:
         if self._survival is None:
             hits = self._hits.reshape(-1, CLASSES, MAX_DEPTH)
             tries = self._tries.reshape(-1, CLASSES, MAX_DEPTH)
-            first = (hits[..., 0] + FIRST_WEIGHT * PRIOR) / (
-                tries[..., 0] + FIRST_WEIGHT
-            )  # [proposers, CLASSES]
+            weight = FIRST_WEIGHT / (1.0 + (tries[..., 0] / ENOUGH) ** 2)  # [proposers, CLASSES]
+            first = (hits[..., 0] + weight * PRIOR) / (tries[..., 0] + weight)
             hazard = (hits + PRIOR_WEIGHT * first[:, LATER]) / (tries + PRIOR_WEIGHT)
             hazard[..., 0] = first
             self._survival = np.asarray(np.cumprod(hazard, axis=-1).reshape(-1, MAX_DEPTH), np.float64)

@@ -130,7 +130,7 @@ class LearnedStepCost:
                 self._cells.clear()
                 self._bad, self.resets = 0, self.resets + 1
         self.largest = max(self.largest, num_tokens)
-        key = (int(2 * math.log2(max(n, 1.0))), int(kv_tokens).bit_length(), depth)
+        key = (int(4 * math.log2(max(n, 1.0))), int(kv_tokens).bit_length(), depth)
         cell = self._cells.get(key)
         if cell is None:
             self._cells[key] = _Cell(n, kv_tokens, depth, seconds)
