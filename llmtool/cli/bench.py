@@ -136,6 +136,8 @@ def bench(
     scheduling_policy: engine.SchedulingPolicy = None,
     enable_prefix_caching: engine.PrefixCaching = None,
     num_threads: engine.NumThreads = None,
+    spec: engine.Spec = None,
+    proposer: engine.Proposer = None,
     step_log: engine.StepLog = None,
     files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     config: ConfigFile = None,

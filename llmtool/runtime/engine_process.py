@@ -25,6 +25,7 @@ from llmtool.core.pooling import PoolingEngine, PoolingScheduler
 from llmtool.core.ports import RealClock
 from llmtool.core.request import SequenceOutput
 from llmtool.core.scheduler import Scheduler
+from llmtool.core.speculation.build import speculator_of
 from llmtool.core.steplog import StepLogWriter
 from llmtool.errors import EngineDead, LLMToolError, UsageError
 from llmtool.runtime.parts import EngineParts, PoolingParts
@@ -52,6 +53,9 @@ def main(connection: Connection, config: EngineConfig, factory: str) -> None:
     log_file = None
     try:
         started = time.monotonic()
+        speculator_of(
+            config.spec, config.proposer
+        )  # these two before the model: bad settings should fail at once
         log_file = _open_log(config.step_log)  # before the model is loaded: a bad path should fail at once
         parts = _build(connection, config, factory)
         engine = _engine(parts, config, log_file)
@@ -91,7 +95,8 @@ def _engine(
     if isinstance(parts, PoolingParts):
         return PoolingEngine(PoolingScheduler(parts.scheduler), parts.executor, RealClock())
     allocator = UniformAllocator(parts.group, parts.num_pages, parts.host_pages, config.enable_prefix_caching)
-    scheduler = Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids)
+    drafts = speculator_of(config.spec, config.proposer)
+    scheduler = Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids, drafts)
     log = None if log_file is None else StepLogWriter(log_file, scheduler, parts.info.kv_cache_dtype)
     return Engine(scheduler, parts.executor, RealClock(), log)
 

@@ -13,7 +13,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_DEPTH = 16  # draft tokens of one sequence in one step, at most
+from llmtool.core.request import MAX_SPEC
+
+MAX_DEPTH = MAX_SPEC  # draft tokens of one sequence in one step, at most
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
