@@ -63,5 +63,7 @@ Spec = Annotated[
         "Speculation: auto, off, smartspec, a number of draft tokens, or a TOML file of batch size = number.",
     ),
 ]
-Proposer = Annotated[str | None, _option("--proposer", "Who drafts: suffix (default).")]
+Proposer = Annotated[
+    str | None, _option("--proposer", "Who drafts: suffix (default), draft:MODEL, pruned[:LAYERS] or union.")
+]
 StepLog = Annotated[str | None, _option("--step-log", "Record every scheduling decision in this JSONL file.")]

@@ -35,6 +35,7 @@ from llmtool.runtime.device import (
     pick_kv_dtype,
     set_threads,
 )
+from llmtool.runtime.drafter import make_drafter
 from llmtool.runtime.kv_store import KVStore
 from llmtool.runtime.logprobs import ROWS_AT_ONCE, token_logprobs
 from llmtool.runtime.parts import EngineInfo, EngineParts, Progress
@@ -323,12 +324,13 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
         config.quantization,
     )
     spec = model.spec
+    tokenizer_dir = directory if config.tokenizer is None else _tokenizer_dir(config)
+    drafter = make_drafter(config, model, tokenizer_dir)  # its memory is taken before the pages are counted
     group = uniform_group(spec.layer_cache_specs((kv_dtype or dtype).itemsize), config.block_size)
     limits = config.scheduler(1)
     activations = activation_bytes(spec, dtype.itemsize, limits.max_num_batched_tokens, limits.max_num_seqs)
     memory, on_cpu = device_memory(device), device.type == "cpu"
     budget = kv_budget(config, group, spec.max_positions, memory, activations, on_cpu, host_memory().free)
-    tokenizer_dir = directory if config.tokenizer is None else _tokenizer_dir(config)
     # Most config.json name the end of sequence; without it, only the tokenizer knows.
     eos = spec.eos_ids or tuple(i for i in [Tokenizer.from_dir(tokenizer_dir).eos_id] if i is not None)
 
@@ -344,7 +346,14 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     scheduler = config.scheduler(budget.max_model_len)
     info = _describe(config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads)
     return EngineParts(
-        executor, group, budget.num_pages, budget.host_pages, scheduler, info, executor.prepare_grammars
+        executor,
+        group,
+        budget.num_pages,
+        budget.host_pages,
+        scheduler,
+        info,
+        executor.prepare_grammars,
+        drafter,
     )
 
 

@@ -30,9 +30,13 @@ MEMORY, STEP_MEMORY = 0.99, 0.97
 DRIFT = 0.998  # and the table about its last 500 steps
 
 
+_LONGEST = int(BOUNDS[-1])  # longer matches are in its class
+_CLASS_OF = np.searchsorted(BOUNDS, np.arange(_LONGEST + 1), side="right")
+
+
 def match_class(matches: Ints) -> Ints:
     """[B] classes of match lengths; a proposer without match lengths has class 0."""
-    return np.searchsorted(BOUNDS, matches, side="right")
+    return _CLASS_OF[np.minimum(matches, _LONGEST)]
 
 
 # After j accepted tokens a match is j longer, so position j of class c starts like position 0 of LATER[c, j].
@@ -81,15 +85,17 @@ class AcceptanceTable:
         if not tried.any():
             self._survival = None
             return
-        size = self._hits.size
-        cells = rows[:, None] * MAX_DEPTH + np.arange(MAX_DEPTH)[None, :]  # [B, MAX_DEPTH]
-        columns = np.arange(MAX_DEPTH)[None, :]
-        tries = np.bincount(cells[columns < tried[:, None]], minlength=size).reshape(self._tries.shape)
-        hits = np.bincount(cells[columns < right[:, None]], minlength=size).reshape(self._hits.shape)
+        tries, hits = self.longer(rows, tried), self.longer(rows, right)
         kept = np.maximum(MEMORY**tries, STEP_MEMORY)
         self._hits = self._hits * kept + hits
         self._tries = self._tries * kept + tries
         self._survival = None
+
+    def longer(self, rows: Ints, lengths: Ints) -> Ints:
+        """[rows, MAX_DEPTH] how many of each row's lengths are longer than each position."""
+        width = MAX_DEPTH + 1
+        counts = np.bincount(rows * width + lengths, minlength=len(self._hits) * width).reshape(-1, width)
+        return counts[:, :0:-1].cumsum(axis=1)[:, ::-1]
 
     def first(self) -> dict[str, list[float]]:
         """Per proposer number, the estimated acceptance of a first draft token by class of match length."""

@@ -82,35 +82,36 @@ class AutoController:
     def _choose(self, view: StepView, limits: Ints, load: _Load) -> tuple[Ints, str]:
         rows = self.acceptance.rows(view.sources, view.matches)
         width = int(limits.max())
-        chance = self.acceptance.survival()[rows, :width]  # [B, width]
-        chance = np.where(np.arange(width)[None, :] < limits[:, None], chance, 0.0)
-        goodput = load.tokens / load.seconds if load.seconds > 0 else 0.0
-        depths = range(1, width + 1) if view.modelled else (width,)
-        best, best_gain, lengths = 0, 0.0, np.zeros_like(limits)
-        for depth in depths:
-            slots = chance[:, :depth].ravel()
-            drafting = depth * self.cost.per_depth if view.modelled else 0.0
-            order = np.argsort(-slots, kind="stable")  # of equals in a row, the earlier position first
-            ordered = slots[order]
-            room = max(0, int(GROWTH * self.cost.largest) + 1 - view.num_tokens)
-            ordered = ordered[: min(room, int(np.count_nonzero(ordered > 0)))]
-            tokens = np.concatenate([[0.0], np.cumsum(ordered)]) + view.batch  # [n + 1]
+        # Slots of the same row and position have the same chance: they are sorted as one.
+        survival = self.acceptance.survival()  # [rows, MAX_DEPTH]
+        slots = self.acceptance.longer(rows, limits)  # [rows, MAX_DEPTH]
+        off, load_rate = self._decode_seconds(view), load.tokens / load.seconds if load.seconds > 0 else 0.0
+        room = max(0, int(GROWTH * self.cost.largest) + 1 - view.num_tokens)
+        best_gain, lengths = 0.0, np.zeros_like(limits)
+        for depth in range(1, width + 1) if view.modelled else (width,):
+            chance, count = survival[:, :depth].ravel(), slots[:, :depth].ravel()
+            order = np.flatnonzero(count)  # of equals in a row, the earlier position first
+            order = order[(-chance[order]).argsort(kind="stable")]
+            ordered = np.repeat(chance[order], count[order])[:room]
+            tokens = np.empty(len(ordered) + 1)
+            tokens[0] = view.batch
+            np.cumsum(ordered, out=tokens[1:])
+            tokens[1:] += view.batch
             curve = self.cost.curve(view.num_tokens + np.arange(len(tokens)), view.kv_tokens)
-            seconds = curve - curve[0] + self._decode_seconds(view) + drafting
-            off = self._decode_seconds(view)
-            rate = goodput or self._steady(tokens, seconds, view.batch / off)
-            gains = (tokens - view.batch) - rate * (seconds - off)
-            gains[0] = 0.0
+            drafting = depth * self.cost.per_depth if view.modelled else 0.0
+            seconds = curve - (curve[0] - off - drafting)
+            rate = load_rate or self._steady(tokens, seconds, view.batch / off)
+            gains = tokens - rate * seconds
+            gains[0] = view.batch - rate * off
             n = int(gains.argmax())
-            if gains[n] > best_gain:
-                best, best_gain = n, float(gains[n])
-                lengths = np.bincount(order[:n] // depth, minlength=view.batch)
-            self._last |= {
-                "goodput": float(rate),
-                "seconds_per_token": float(curve[-1] - curve[0]) / max(1, len(curve) - 1),
-            }
+            gain = float(gains[n] - gains[0])
+            if n and gain > best_gain:
+                best_gain = gain
+                lengths = _spread(n, order, count, depth, rows, limits)
+            self._last["goodput"] = float(rate)
+            self._last["seconds_per_token"] = float(curve[-1] - curve[0]) / max(1, len(curve) - 1)
         self._last["gain"] = best_gain
-        return lengths, "pays" if best else "does not pay"
+        return lengths, "pays" if best_gain > 0 else "does not pay"
 
     @staticmethod
     def _steady(tokens: Floats, seconds: Floats, off: float) -> float:
@@ -194,3 +195,16 @@ class AutoController:
             "cost": {key: float(value) for key, value in learned.items()},
             "watchdog_trips": self.trips,
         }
+
+
+def _spread(n: int, order: Ints, count: Ints, depth: int, rows: Ints, limits: Ints) -> Ints:
+    """[B] lengths of the first n slots. order: cells row * depth + position, by chance; count: slots in each."""
+    ends = count[order].cumsum()
+    whole = int(ends.searchsorted(n, side="right"))  # so many cells are taken whole
+    most = np.bincount(order[:whole] // depth, minlength=len(count) // depth)  # [rows]
+    lengths = np.minimum(most[rows], limits)
+    rest = n - (int(ends[whole - 1]) if whole else 0)
+    if rest:
+        row, position = divmod(int(order[whole]), depth)
+        lengths[np.flatnonzero((rows == row) & (limits > position))[:rest]] += 1
+    return lengths

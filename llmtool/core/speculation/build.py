@@ -12,7 +12,7 @@ from llmtool.core.speculation.controllers import (
     SmartSpecController,
     TableController,
 )
-from llmtool.core.speculation.speculator import Speculator
+from llmtool.core.speculation.speculator import BatchProposer, Speculator
 from llmtool.core.speculation.suffix import SuffixProposer
 from llmtool.errors import UsageError
 
@@ -46,9 +46,41 @@ def controller_of(spec: str) -> Controller | None:
     return TableController(lengths)
 
 
-def speculator_of(spec: str, proposer: str) -> Speculator | None:
-    """What a scheduler drafts with; None is off, and then nothing is made. Raises UsageError."""
+def model_of(proposer: str) -> tuple[str, str] | None:
+    """(kind, argument) of the model that drafts: ("draft", a model), ("pruned", layers), or None.
+
+    suffix | draft:MODEL | pruned[:LAYERS] | union, which is suffix and pruned, or suffix and another as in
+    union:draft:MODEL. Raises UsageError for anything else.
+    """
+    given = proposer
+    if proposer == "suffix":
+        return None
+    if proposer == "union" or proposer.startswith("union:"):
+        proposer = proposer.removeprefix("union").removeprefix(":") or "pruned"
+    kind, _, argument = proposer.partition(":")
+    if kind == "pruned" or (kind == "draft" and argument):
+        return kind, argument
+    raise UsageError(
+        f"There is no proposer {given!r}.",
+        "Known: suffix, draft:MODEL, pruned, pruned:LAYERS, union, union:draft:MODEL, union:pruned:LAYERS.",
+    )
+
+
+def check_speculation(spec: str, proposer: str) -> None:
+    """Raises UsageError where `speculator_of` would."""
+    controller_of(spec)
+    model_of(proposer)
+
+
+def speculator_of(spec: str, proposer: str, model: BatchProposer | None = None) -> Speculator | None:
+    """What a scheduler drafts with; None is off, and then nothing is made. model: the one that `model_of` names.
+
+    Raises UsageError.
+    """
     controller = controller_of(spec)
-    if proposer != "suffix":
-        raise UsageError(f"There is no proposer {proposer!r}.", "Known: suffix.")
-    return None if controller is None else Speculator(controller, SuffixProposer())
+    if controller is None:
+        return None
+    needed = model_of(proposer)
+    assert (needed is None) == (model is None), f"{proposer} and {model}"
+    text = SuffixProposer() if needed is None or proposer.startswith("union") else None
+    return Speculator(controller, text, model)

@@ -20,7 +20,7 @@ from llmtool.core.speculation.draft import Floats, Ints
 from llmtool.errors import UsageError
 
 KNOTS = np.array([8.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0, 512.0])
-REFIT = 8  # steps between fits
+REFIT = 16  # steps between fits
 CLIP = 3.0  # a step counts as at most so many times its cell's mean, or at least one part in so many
 CELL_MEMORY = 64  # steps that a cell's mean looks back on
 CELL_WEIGHT = 16  # observations past which a cell weighs no more
@@ -156,7 +156,7 @@ class LearnedStepCost:
         gram = rows.T @ rows
         target = rows.T @ (seconds * weight)
         # What the steps do not tell apart: a token costs what the prior says, context and bends cost nothing.
-        usual = float(np.average(seconds, weights=data[:, 4]))
+        usual = float(seconds @ data[:, 4] / data[:, 4].sum())
         lift = PRIOR_WEIGHT / usual**2
         gram[_DIAGONAL[1:4], _DIAGONAL[1:4]] += lift
         gram[_DIAGONAL[4:], _DIAGONAL[4:]] += lift * BEND_WEIGHT / PRIOR_WEIGHT
