@@ -162,8 +162,8 @@ class AlwaysWrong:
 
     name = "wrong"
 
-    def __init__(self) -> None:
-        self._count = 0
+    def __init__(self, token: int = WRONG) -> None:
+        self._count, self._token = 0, token
 
     def begin(self, seq: str, token_ids: Sequence[int], salt: str = "") -> None:
         pass
@@ -173,7 +173,7 @@ class AlwaysWrong:
 
     def propose(self, seq: str, limit: int) -> Draft:
         self._count += 1
-        return Draft((WRONG,) * min(limit, 8), self.name, 2 + self._count % 20)
+        return Draft((self._token,) * min(limit, 8), self.name, 2 + self._count % 20)
 
     def finish(self, seq: str) -> None:
         pass
