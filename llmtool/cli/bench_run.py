@@ -197,6 +197,8 @@ def _speculation_rows(run: RunResult) -> list[tuple[str, str]]:
 
 def _reason(explained: Mapping[str, Any]) -> str:
     """A controller's `explain()` in a line."""
+    if not explained:
+        return "-"
     text = str(explained.get("why") or f"k = {explained.get('k', '-')}")
     if "goodput" in explained and "seconds_per_token" in explained:
         threshold = explained["goodput"] * explained["seconds_per_token"]
