@@ -71,7 +71,8 @@ class EngineConfig:
     max_model_len: None takes the model's own, shortened to what the KV memory holds. block_size: tokens per page.
     gpu_memory_utilization: part of the device's memory the engine may take (weights, activations, KV).
     kv_cache_memory_bytes: exact KV memory, instead. swap_space_bytes: host memory for swapped pages.
-    step_log: JSONL file to record every decision in, or None.
+    step_log: JSONL file to record every decision in, or None. spec: auto | off | smartspec | draft tokens a step |
+    a TOML file of batch size = draft tokens (llmtool/core/speculation/build.py). proposer: who drafts them.
     """
 
     model: str = "smollm2-135m"
@@ -97,6 +98,8 @@ class EngineConfig:
     num_threads: int | None = None
     seed: int = 0
     step_log: str | None = None
+    spec: str = "off"
+    proposer: str = "suffix"
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmtool.workload.metrics import RequestRecord
 from llmtool.workload.requests import BenchRequest
@@ -26,6 +26,10 @@ class Backend(Protocol):
 
     async def counters(self) -> dict[str, float]:
         """What the server has counted so far (names of counters.COUNTERS); {} where it does not say."""
+        ...
+
+    async def speculation(self) -> dict[str, Any]:
+        """What a speculation controller chose last and why; {} where there is none or it does not say."""
         ...
 
     async def memory(self) -> dict[str, int]:

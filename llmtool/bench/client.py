@@ -182,6 +182,9 @@ class HttpBackend:
     async def counters(self) -> dict[str, float]:
         return read_counters(await self._metrics())
 
+    async def speculation(self) -> dict[str, Any]:
+        return {}  # /metrics has its figures, not its reasons
+
     async def memory(self) -> dict[str, int]:
         return read_memory(await self._metrics())
 

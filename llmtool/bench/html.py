@@ -79,7 +79,10 @@ def charts(result: BenchResult, run: RunResult) -> list[Chart]:
         out.append(Chart("Running requests over time", "seconds", "requests", (running,)))
         out.append(_token_timeline(run))
     finite = sorted((r for r in result.runs if math.isfinite(r.request_rate)), key=lambda r: r.request_rate)
-    if len(finite) > 1:
+    kinds = dict.fromkeys(spec for run in finite if (spec := _spec(run)))
+    if kinds:
+        out += _by_speculation(finite, list(kinds))
+    elif len(finite) > 1:
         out += _against_rate(finite, result.knee or {})
     return out
 
@@ -135,6 +138,20 @@ def _against_rate(runs: Sequence[RunResult], knee: Mapping[str, Any]) -> list[Ch
     return out
 
 
+def _by_speculation(runs: Sequence[RunResult], kinds: Sequence[str]) -> list[Chart]:
+    """Latency against rate, a line for each kind of speculation."""
+    out = []
+    for name in ("e2el", "tpot", "ttft"):
+        lines = []
+        for kind in kinds:
+            known = [(r.request_rate, r.metrics.get(f"mean_{name}_ms")) for r in runs if _spec(r) == kind]
+            pairs = [(rate, value) for rate, value in known if value is not None]
+            lines.append(Series(kind, [rate for rate, _ in pairs], [value for _, value in pairs], dots=True))
+        title = f"{NAMES[name]}, mean, against request rate, by speculation"
+        out.append(Chart(title, "requests/s offered", "ms", tuple(lines)))
+    return out
+
+
 def _figures(m: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The headline numbers, as (name, text)."""
     rows = [
@@ -169,11 +186,17 @@ def _latency_rows(m: Mapping[str, Any]) -> list[tuple[str, list[str], str]]:
     return rows
 
 
+def _spec(run: RunResult) -> str | None:
+    """Which kind of speculation a run of several had."""
+    spec = run.server.get("spec", run.metrics.get("spec"))
+    return None if spec is None else str(spec)
+
+
 def _sweep_row(run: RunResult) -> list[str]:
     m = run.metrics
-    goodput = m.get("request_goodput")
+    goodput, spec = m.get("request_goodput"), _spec(run)
     return [
-        run.arrivals or format_rate(run.request_rate),
+        (run.arrivals or format_rate(run.request_rate)) + (f", {spec}" if spec else ""),
         f"{m['request_throughput']:.2f}",
         "–" if goodput is None else f"{goodput:.2f}",
         f"{m['output_throughput']:.1f}",

@@ -92,13 +92,28 @@ class EngineBackend:
 
     async def counters(self) -> dict[str, float]:
         stats = self._engine.stats
-        return {
+        spec = stats.spec
+        drafts: dict[str, float] = (
+            {}
+            if spec is None
+            else {
+                "spec_decode_num_drafts": spec.drafts,
+                "spec_decode_num_draft_tokens": spec.draft_tokens,
+                "spec_decode_num_accepted_tokens": spec.accepted_tokens,
+            }
+        )
+        return drafts | {
             "prefix_cache_queries": stats.prefix_queries,
             "prefix_cache_hits": stats.prefix_hits,
             "num_preemptions": stats.preemptions,
             "prompt_tokens": stats.prompt_tokens,
             "generation_tokens": stats.generation_tokens,
         }
+
+    async def speculation(self) -> dict[str, Any]:
+        """What the controller chose last and what it rests on; {} without one."""
+        spec = self._engine.stats.spec
+        return {} if spec is None else dict(spec.explain or {})
 
     async def memory(self) -> dict[str, int]:
         return memory_bytes(self._engine.info, self._engine.stats)

@@ -149,6 +149,8 @@ class _Bench:
         server = growth(before, await self._backend.counters())
         if memory := await self._backend.memory():
             server["memory_bytes"] = memory
+        if explained := await self._backend.speculation():
+            server["speculation"] = explained
         metrics = await asyncio.to_thread(
             summarize, outcome.records, outcome.duration, config.slos, config.metric_percentiles, config.seed
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmtool.bench.config import BenchConfig
 
 T = TypeVar("T")
-_data, _load, _ask, _quality = "Dataset", "Load", "Requests", "Perplexity"
+_data, _load, _ask, _quality, _simulated = "Dataset", "Load", "Requests", "Perplexity", "Simulation"
 
 
 def _flag(panel: str, text: str, *names: str) -> Any:
@@ -116,6 +116,16 @@ def bench(
         list[str] | None,
         _flag(_quality, "Engine setting to compare with, as dtype=float32; repeatable.", "--baseline"),
     ] = None,
+    simulate: Annotated[
+        bool | None,
+        _flag(_simulated, "No engine: --device NAME on a virtual clock, for --spec.", "--simulate"),
+    ] = None,
+    acceptance: Annotated[
+        float | None, _flag(_simulated, "Chance that a draft token is right (0.7).")
+    ] = None,
+    coverage: Annotated[
+        float | None, _flag(_simulated, "Chance that a sequence has a draft at all (1).")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts, arrivals and sampling.")] = None,
     dtype: engine.Dtype = None,
     quantization: engine.Quantization = None,
@@ -136,6 +146,8 @@ def bench(
     scheduling_policy: engine.SchedulingPolicy = None,
     enable_prefix_caching: engine.PrefixCaching = None,
     num_threads: engine.NumThreads = None,
+    spec: engine.Spec = None,
+    proposer: engine.Proposer = None,
     step_log: engine.StepLog = None,
     files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     config: ConfigFile = None,
@@ -158,6 +170,10 @@ def bench(
       llmtool bench --compare a.json b.json
 
       llmtool bench ./my-model --perplexity text.txt --baseline dtype=float32
+
+      llmtool bench --spec auto,off,3 --request-rate 1,2,4   # what speculation brings, and why
+
+      llmtool bench llama-3.1-8b --simulate --device h100 --spec auto,off,3 --request-rate 1,20 --acceptance 0.7
     """
     flags: dict[str, Any] = dict(locals())
     from llmtool.cli import bench_run
@@ -184,7 +200,15 @@ def bench(
         print_settings(bench_config, engine_config, api_key, output)
         return
     bench_run.check_writable(output_file, html)
-    result = bench_run.measure(bench_config, engine_config, api_key, output)
+    if simulate:
+        from llmtool.cli.bench_simulate import simulate as on_virtual_clock
+
+        chances = 0.7 if acceptance is None else acceptance, 1.0 if coverage is None else coverage
+        result = on_virtual_clock(bench_config, engine_config, *chances)
+    else:
+        if acceptance is not None or coverage is not None:
+            raise UsageError("--acceptance and --coverage go with --simulate.", "Add it, or leave them out.")
+        result = bench_run.measure(bench_config, engine_config, api_key, output)
     with _document_shown(output):
         bench_run.report(result, output, output_file, html)
 

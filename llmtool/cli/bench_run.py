@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,22 @@ def measure(config: BenchConfig, engine: EngineConfig, api_key: str | None, outp
     with output.progress() as bar:
         if config.url:
             return run_blocking(_over_http(config, api_key, bar))
-        return run_blocking(_in_process(config, engine, bar))
+        specs = engine.spec.split(",")
+        results = [run_blocking(_in_process(config, replace(engine, spec=s), bar)) for s in specs]
+        return results[0] if len(specs) == 1 else _side_by_side(dict(zip(specs, results, strict=True)))
+
+
+def _side_by_side(results: Mapping[str, BenchResult]) -> BenchResult:
+    """One sweep of several kinds of speculation, by rate: each run says which it had. Each had an engine of its
+    own, and the same prompts at the same moments."""
+    first = next(iter(results.values()))
+    runs = [
+        replace(run, server={**run.server, "spec": spec})
+        for spec, result in results.items()
+        for run in result.runs
+    ]
+    runs.sort(key=lambda run: run.request_rate)
+    return replace(first, kind="sweep", runs=tuple(runs), knee=None)
 
 
 async def _over_http(config: BenchConfig, api_key: str | None, bar: Bar) -> BenchResult:
@@ -151,6 +166,7 @@ def _show_run(result: BenchResult, output: Output) -> None:
     ]
     if m.get("request_goodput") is not None:
         rows.append(("SLO goodput", f"{m['request_goodput']:.2f} requests/s"))
+    rows += _speculation_rows(run)
     hit_rate = {**m, **run.server}.get("prefix_cache_hit_rate")
     if hit_rate is not None:
         rows.append(("Prefix cache hit rate", f"{100 * hit_rate:.1f} %"))
@@ -163,6 +179,33 @@ def _show_run(result: BenchResult, output: Output) -> None:
         if m.get(f"mean_{key}_ms") is not None:
             latency.append((name, *(_ms(m.get(f"{part}_{key}_ms")) for part in _PARTS)))
     output.table("Latency, ms", ("", *_PARTS), latency)
+
+
+def _speculation_rows(run: RunResult) -> list[tuple[str, str]]:
+    """What was drafted and accepted, and why the controller chose as it did last."""
+    figures = {**run.metrics, **run.server}
+    rows = []
+    if figures.get("spec_decode_acceptance_rate") is not None:
+        rows += [
+            ("Drafts accepted", f"{figures['spec_decode_acceptance_rate']:.1f} % of the tokens"),
+            ("Tokens per verified draft", f"{figures['spec_decode_acceptance_length']:.2f}"),
+        ]
+    if explained := figures.get("speculation"):
+        rows.append(("Speculation, last step", _reason(explained)))
+    return rows
+
+
+def _reason(explained: Mapping[str, Any]) -> str:
+    """A controller's `explain()` in a line."""
+    if not explained:
+        return "-"
+    text = str(explained.get("why") or f"k = {explained.get('k', '-')}")
+    if "goodput" in explained and "seconds_per_token" in explained:
+        threshold = explained["goodput"] * explained["seconds_per_token"]
+        text += f": a draft token pays above {100 * threshold:.0f} % acceptance"
+    if explained.get("watchdog_trips"):
+        text += f", watchdog {explained['watchdog_trips']}x"
+    return text
 
 
 _PARTS = ("mean", "p50", "p90", "p95", "p99")
@@ -182,7 +225,7 @@ _MEMORY = {
 
 
 def _show_sweep(result: BenchResult, output: Output) -> None:
-    columns = (
+    columns: tuple[str, ...] = (
         "req/s",
         "done",
         "tok/s",
@@ -193,12 +236,25 @@ def _show_sweep(result: BenchResult, output: Output) -> None:
         "E2E p50",
     )
     goodput = any(run.metrics.get("request_goodput") is not None for run in result.runs)
+    specs = any("spec" in {**run.metrics, **run.server} for run in result.runs)
+    if specs:
+        columns = ("spec", *columns, "accepted", "mean k", "last choice")
     rows = []
     for run in result.runs:
         m = run.metrics
         row = [f"{run.request_rate:.3g}", str(m["completed"]), f"{m['output_throughput']:.1f}"]
         row += [_ms(m.get(key)) for key in ("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms")]
         row.append(_ms(m.get("p50_e2el_ms")))
+        if specs:
+            figures = {**m, **run.server}
+            drafts, rate = figures.get("spec_decode_num_drafts"), figures.get("spec_decode_acceptance_rate")
+            length = figures.get("spec_decode_draft_tokens", 0) / drafts if drafts else 0.0
+            row[:0] = [str(run.server.get("spec", m.get("spec", "-")))]
+            row += [
+                "-" if rate is None else f"{rate:.0f} %",
+                f"{length:.1f}",
+                _reason(figures.get("speculation", {})),
+            ]
         if goodput:
             value = m.get("request_goodput")
             row.append("-" if value is None else f"{value:.2f}")

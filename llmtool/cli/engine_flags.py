@@ -56,4 +56,14 @@ PrefixCaching = Annotated[
     ),
 ]
 NumThreads = Annotated[int | None, _option("--num-threads", "CPU threads for the model.")]
+Spec = Annotated[
+    str | None,
+    _option(
+        "--spec",
+        "Speculation: auto, off, smartspec, a number of draft tokens, or a TOML file of batch size = number.",
+    ),
+]
+Proposer = Annotated[
+    str | None, _option("--proposer", "Who drafts: suffix (default), draft:MODEL, pruned[:LAYERS] or union.")
+]
 StepLog = Annotated[str | None, _option("--step-log", "Record every scheduling decision in this JSONL file.")]

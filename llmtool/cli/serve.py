@@ -79,6 +79,8 @@ def serve(
     enable_prefix_caching: engine.PrefixCaching = None,
     num_threads: engine.NumThreads = None,
     seed: Annotated[int | None, typer.Option(help="Of requests that bring none.")] = None,
+    spec: engine.Spec = None,
+    proposer: engine.Proposer = None,
     step_log: engine.StepLog = None,
     plan: Annotated[
         str | None,

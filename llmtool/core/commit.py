@@ -35,7 +35,7 @@ class Committer:
             request.in_flight -= 1
             if request.status == RequestStatus.FINISHED:
                 continue
-            request.num_computed = entry.start + entry.num_tokens
+            request.num_computed = entry.start + entry.num_tokens - len(entry.draft)
             if request.id in result.errors:
                 outputs.extend(self.end(request, FinishReason.ERROR, now, result.errors[request.id]))
                 ended = True
@@ -54,6 +54,8 @@ class Committer:
             output = self._append(request, tokens, given, now)
             outputs.append(output)
             ended = ended or output.finish_reason is not None
+            if entry.draft and output.finish_reason is None:
+                self._roll_back(request, len(entry.draft), len(tokens) - 1)
         if ended:
             roster.sweep()
         roster.stats.steps += 1
@@ -90,6 +92,12 @@ class Committer:
                 break
         self._roster.stats.generation_tokens += len(output.token_ids)
         return output
+
+    def _roll_back(self, request: Request, drafted: int, accepted: int) -> None:
+        """Drafts that were right are computed already; what the others wrote is given up, and their pages."""
+        request.num_submitted = request.num_computed = request.num_computed + accepted
+        if accepted < drafted:
+            request.kept_pages = self._roster.allocator.truncate(request.id, request.num_computed)
 
     def _first_token(self, request: Request, output: SequenceOutput, now: float) -> None:
         request.first_token = now

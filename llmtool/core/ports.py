@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from llmtool.core.request import SamplingParams, TokenLogprob
+from llmtool.core.request import Request, SamplingParams, TokenLogprob
+from llmtool.core.stats import SpecCounters
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,9 @@ class ScheduledRequest:
 
     new_token_ids: tokens appended since the executor last heard of this sequence (usually the one it sampled).
     new_pages: per KV group, table entries to append; table_edits: (group, index, entry) to overwrite, as
-    copy-on-write does. sample: the last position's logits are to be sampled.
+    copy-on-write does. sample: the last position's logits are to be sampled. draft: guesses at the tokens that
+    follow the last known one; they are the last of num_tokens, and the token after each of them is sampled too.
+    keep_pages: per group, how many entries of the table are left before new_pages are appended; () keeps all.
     """
 
     id: str
@@ -53,6 +56,8 @@ class ScheduledRequest:
     new_token_ids: Sequence[int] = ()
     new_pages: Sequence[Sequence[int]] = ()
     table_edits: Sequence[tuple[int, int, int]] = ()
+    draft: Sequence[int] = ()
+    keep_pages: Sequence[int] = ()
 
 
 @dataclass(slots=True)
@@ -79,7 +84,8 @@ class SchedulerOutput:
 class StepResult:
     """What a step produced.
 
-    tokens: parallel to SchedulerOutput.scheduled, the sampled tokens ([] where sample was False).
+    tokens: parallel to SchedulerOutput.scheduled, the sampled tokens ([] where sample was False): one, and one more
+    for each draft token that equals the token sampled in its place and follows only such.
     logprobs: for sequences that asked, one per sampled token. prompt_logprobs: for sequences that asked, of the
     positions this step computed: logprobs of tokens [start + 1, start + num_tokens], last one only if known.
     errors: sequences that failed, with a sentence; they are finished with FinishReason.ERROR.
@@ -102,6 +108,29 @@ class Executor(Protocol):
 
     def collect(self) -> StepResult:
         """The oldest submitted step's result; blocks until it is there."""
+        ...
+
+
+class Drafts(Protocol):
+    """Where a scheduler's drafts come from: speculation guesses them, a replay has recorded them."""
+
+    def plan(
+        self, out: SchedulerOutput, decoding: Sequence[int], work: Sequence[Request], room: int
+    ) -> Sequence[Sequence[int]]:
+        """Draft tokens for entries `decoding` of out.scheduled, which compute one token each and sample the next;
+        at most `room` in all. work: the sequences of out.scheduled."""
+        ...
+
+    def record(self, out: SchedulerOutput, result: StepResult) -> None:
+        """A step has been run, but not committed; in the order of steps."""
+        ...
+
+    def forget(self, ended: Sequence[str]) -> None:
+        """These sequences are over."""
+        ...
+
+    def count(self, counters: SpecCounters) -> None:
+        """Bring the counters up to date."""
         ...
 
 

@@ -16,6 +16,7 @@ MAX_N = 128
 MAX_LOGPROBS = 100
 MAX_STOP_TOKENS = 128
 MAX_BEAM_STOPS = 8
+MAX_SPEC = 16  # draft tokens of a sequence in one step
 MAX_TOKENS = 2**31 - 1
 MIN_TEMPERATURE = 0.01
 GREEDY_BELOW = 1e-5
@@ -78,7 +79,8 @@ class SamplingParams:
     """How to sample. Names and meanings are vLLM's; ``temperature=0`` is greedy.
 
     max_tokens: None means up to the context's end. logprobs: None is none, 0 the sampled token's only, k the
-    k best besides. top_k: 0 or -1 is off. seed: None lets the caller's `Engine.add` choose one.
+    k best besides. top_k: 0 or -1 is off. seed: None lets the caller's `Engine.add` choose one. spec: draft tokens
+    verified in a step, 0 for none; None leaves it to the engine's controller. It changes no token.
     stop_token_ids also end a sequence; ignore_eos ignores only the model's own end tokens.
     Raises RequestError naming the field at fault.
     """
@@ -99,6 +101,7 @@ class SamplingParams:
     ignore_eos: bool = False
     n: int = 1
     seed: int | None = None
+    spec: int | None = None
     grammar: Grammar | None = None
     beam: BeamParams | None = None
 
@@ -144,6 +147,11 @@ class SamplingParams:
             self.seed is None or -(2**63) <= self.seed < 2**63,
             "seed",
             f"seed must be a 64-bit signed integer, not {self.seed}.",
+        )
+        _require(
+            self.spec is None or 0 <= self.spec <= MAX_SPEC,
+            "spec",
+            f"spec must be between 0 and {MAX_SPEC} draft tokens, not {self.spec}.",
         )
         _require(
             len(self.stop_token_ids) <= MAX_STOP_TOKENS,
@@ -235,6 +243,9 @@ class Request:
     first_token: float = -1.0
     stop_tokens: frozenset[int] = frozenset()  # ends of sequence and stop ids that count for this request
     stopped_by: int | None = None  # the stop token id, if one ended it
+    kept_pages: Sequence[
+        int
+    ] = ()  # per group, table entries left by a rollback the executor has not heard of
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected over prompt chunks
     sort_key: tuple[int, float, str, int] = (0, 0.0, "", 0)
 

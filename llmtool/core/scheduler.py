@@ -19,19 +19,24 @@ from llmtool.config import SchedulerConfig
 from llmtool.core.admission import Admission
 from llmtool.core.commit import Committer
 from llmtool.core.memory.allocator import Extension, KVAllocator, OutOfPages
-from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, StepResult
+from llmtool.core.ports import Drafts, NewRequest, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import FinishReason, Request, RequestStatus, SamplingParams, SequenceOutput
 from llmtool.core.roster import Roster, is_idle
-from llmtool.core.stats import EngineStats
+from llmtool.core.stats import EngineStats, SpecCounters
 
 SEATS = "seats"  # what is short when max_num_seqs run; otherwise it is a page type
 
 
 class Scheduler:
-    """config: limits and policies. allocator: KV memory. eos_token_ids: the model's ends of sequence."""
+    """config: limits and policies. allocator: KV memory. eos_token_ids: the model's ends of sequence. drafts: where
+    they come from; None is no speculation."""
 
     def __init__(
-        self, config: SchedulerConfig, allocator: KVAllocator, eos_token_ids: Sequence[int] = ()
+        self,
+        config: SchedulerConfig,
+        allocator: KVAllocator,
+        eos_token_ids: Sequence[int] = (),
+        drafts: Drafts | None = None,
     ) -> None:
         self.config = config
         self.allocator = allocator
@@ -41,6 +46,8 @@ class Scheduler:
         self._committer = Committer(self._roster)
         self._submitted: deque[tuple[SchedulerOutput, list[Request]]] = deque()
         self._step_id = 0
+        self._drafts = drafts
+        self._drafted = 0  # draft tokens of the last step
 
     # -- requests come and go ------------------------------------------------------------------------------
 
@@ -84,6 +91,8 @@ class Scheduler:
         """Commit the oldest submitted step. Returns what each answer gained by it."""
         submitted, work = self._submitted.popleft()
         assert submitted is out and result.step_id == out.step_id, "steps are committed in order"
+        if self._drafts is not None:
+            self._drafts.record(out, result)
         return self._committer.commit(out, work, result, now)
 
     @property
@@ -93,7 +102,11 @@ class Scheduler:
 
     def snapshot(self) -> EngineStats:
         """Counters with the gauges of now."""
-        return self._roster.snapshot()
+        stats = self._roster.snapshot()
+        if self._drafts is not None:
+            stats.spec = stats.spec or SpecCounters()
+            self._drafts.count(stats.spec)
+        return stats
 
     def check(self) -> None:
         """Assert our own invariants; cheap enough to run when idle."""
@@ -105,6 +118,8 @@ class Scheduler:
     def schedule(self, now: float) -> SchedulerOutput:
         """Decide the next step. `.empty` when there is nothing to do before a result or a request comes."""
         out = SchedulerOutput(self._step_id, finished=self._roster.ended)
+        if self._drafts is not None:
+            self._drafts.forget(out.finished)
         work: list[Request] = []
         if self.config.policy == "priority":
             self._admit(out, work, self._budget(out) - self._singles(), now, urgent=True)
@@ -112,6 +127,8 @@ class Scheduler:
         budget = self._run(out, work)
         if len(out.preempted) == displaced and budget >= 0:
             self._admit(out, work, budget, now)
+        if self._drafts is not None and out.scheduled:
+            self._add_drafts(self._drafts, out, work)
         self._roster.count_pages()
         if out.empty:
             return out
@@ -136,6 +153,9 @@ class Scheduler:
         admitted = {request.id for request in work}  # ahead of their turn, under the priority policy
         budget = self._budget(out)
         for_chunks = budget - self._singles()
+        for_chunks -= min(
+            self._drafted, max(0, for_chunks) // 2
+        )  # about as many drafts as last time will come
         position, blocked = 0, False
         while position < len(self._roster.running) and budget > 0:
             request = self._roster.running[position]
@@ -313,6 +333,8 @@ class Scheduler:
                 entry.new_pages, entry.table_edits = grown.new_pages, grown.edits
             if request.num_sent < known:
                 entry.new_token_ids = request.token_ids[request.num_sent :]
+            entry.keep_pages = request.kept_pages
+        request.kept_pages = ()
         request.num_sent = known
         request.num_submitted = end
         request.in_flight += 1
@@ -320,3 +342,40 @@ class Scheduler:
         out.scheduled.append(entry)
         out.num_tokens += count
         work.append(request)
+
+    # -- drafts --------------------------------------------------------------------------------------------
+
+    def _add_drafts(self, drafts: Drafts, out: SchedulerOutput, work: list[Request]) -> None:
+        """Let decoding sequences verify drafts, as far as the budget and pages that nobody else wanted go."""
+        decoding = [
+            i
+            for i, (entry, request) in enumerate(zip(out.scheduled, work, strict=True))
+            if entry.sample and entry.num_tokens == 1 and request.params.beam is None
+        ]
+        planned = drafts.plan(out, decoding, work, self._budget(out))
+        self._drafted = 0
+        for i, tokens in zip(decoding, planned, strict=True):
+            if tokens:
+                self._drafted += self._add_draft(out.scheduled[i], work[i], tokens, out)
+
+    def _add_draft(
+        self, entry: ScheduledRequest, request: Request, tokens: Sequence[int], out: SchedulerOutput
+    ) -> int:
+        """Returns how many of `tokens` there is room for. Nobody is preempted for a draft."""
+        known = entry.start + 1
+        count = len(tokens)
+        while count and not self.allocator.can_extend(request.id, known + count):
+            count -= 1
+        if not count:
+            return 0
+        grown = self.allocator.extend(request.id, known + count)
+        if grown is not None:
+            out.copies.extend(grown.copies)
+            self._roster.stats.copied_pages += len(grown.copies)
+            before = entry.new_pages or [()] * len(grown.new_pages)
+            entry.new_pages = [(*a, *b) for a, b in zip(before, grown.new_pages, strict=True)]
+            entry.table_edits = (*entry.table_edits, *grown.edits)
+        entry.draft = tuple(tokens[:count])
+        entry.num_tokens += count
+        out.num_tokens += count
+        return count

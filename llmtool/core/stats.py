@@ -3,10 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmtool.core.memory.allocator import KVAllocator
+
+
+@dataclass(slots=True)
+class SpecCounters:
+    """Totals since the start. drafts: of one sequence in one step. accepted_at: by position in the draft. explain:
+    the controller's last choice and what it rests on."""
+
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    accepted_at: tuple[int, ...] = ()
+    watchdog_trips: int = 0
+    explain: dict[str, Any] | None = None
 
 
 @dataclass(slots=True)
@@ -32,6 +45,7 @@ class EngineStats:
     swapped_pages: int = 0
     copied_pages: int = 0
     finished: dict[str, int] = field(default_factory=dict)  # requests by finish reason
+    spec: SpecCounters | None = None  # of speculation, where there is any
 
     @property
     def kv_usage(self) -> float:

@@ -18,9 +18,10 @@ from llmtool.config import SchedulerConfig
 from llmtool.core.memory.geometry import KVCacheGroup, LayerCacheSpec
 from llmtool.core.memory.hashing import page_hash
 from llmtool.core.memory.uniform import UniformAllocator
-from llmtool.core.ports import SchedulerOutput, StepResult
-from llmtool.core.request import BeamParams, Grammar, SamplingParams, TokenLogprob
+from llmtool.core.ports import Drafts, SchedulerOutput, StepResult
+from llmtool.core.request import BeamParams, Grammar, Request, SamplingParams, TokenLogprob
 from llmtool.core.scheduler import Scheduler
+from llmtool.core.stats import SpecCounters
 from llmtool.errors import UsageError
 
 VERSION = 1
@@ -55,6 +56,7 @@ def decision(out: SchedulerOutput) -> dict[str, Any]:
                 list(s.new_token_ids),
                 [list(p) for p in s.new_pages],
                 list(s.table_edits),
+                *([list(s.draft), list(s.keep_pages)] if s.draft or s.keep_pages else ()),
             )
             for s in out.scheduled
         ],
@@ -172,14 +174,14 @@ def result_from_row(row: dict[str, Any]) -> StepResult:
     return StepResult(row["step"], row["tokens"], logprobs, errors=errors, seconds=row["seconds"])
 
 
-def scheduler_from_header(header: dict[str, Any]) -> Scheduler:
+def scheduler_from_header(header: dict[str, Any], drafts: Drafts | None = None) -> Scheduler:
     raw = dict(header["group"])
     raw["layers"] = tuple(LayerCacheSpec(**layer) for layer in raw["layers"])
     raw["layer_offsets"] = tuple(raw["layer_offsets"])
     allocator = UniformAllocator(
         KVCacheGroup(**raw), header["num_pages"], header["host_pages"], header["prefix_caching"]
     )
-    return Scheduler(SchedulerConfig(**header["config"]), allocator, header["eos"])
+    return Scheduler(SchedulerConfig(**header["config"]), allocator, header["eos"], drafts)
 
 
 class ReplayExecutor:
@@ -196,6 +198,27 @@ class ReplayExecutor:
         return self._results.popleft()
 
 
+class RecordedDrafts:
+    """The drafts of the step that is decided next: to a replay they are given, as results are."""
+
+    def __init__(self) -> None:
+        self.drafts: dict[str, list[int]] = {}
+
+    def plan(
+        self, out: SchedulerOutput, decoding: Sequence[int], work: Sequence[Request], room: int
+    ) -> list[list[int]]:
+        return [self.drafts.get(work[i].id, []) for i in decoding]
+
+    def record(self, out: SchedulerOutput, result: StepResult) -> None:
+        pass
+
+    def forget(self, ended: Sequence[str]) -> None:
+        pass
+
+    def count(self, counters: SpecCounters) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True)
 class Replay:
     """steps: decisions compared. mismatch: None, or (step, recorded, made) of the first that differs."""
@@ -207,7 +230,8 @@ class Replay:
 def replay(path: str | Path) -> Replay:
     """Run the policy again over a recorded run, on the recorded clock, and compare each decision."""
     rows = read_rows(path)
-    scheduler = scheduler_from_header(next(rows))
+    drafts = RecordedDrafts()
+    scheduler = scheduler_from_header(next(rows), drafts)
     in_flight: deque[SchedulerOutput] = deque()
     steps = 0
     for row in rows:
@@ -226,6 +250,7 @@ def replay(path: str | Path) -> Replay:
         elif row["kind"] == "abort":
             scheduler.abort(row["id"], row["index"], now)
         elif row["kind"] == "schedule":
+            drafts.drafts = {s[0]: s[7] for s in row["scheduled"] if len(s) > 7}
             out = scheduler.schedule(now)
             made = json.loads(json.dumps(decision(out)))
             recorded = {k: v for k, v in row.items() if k not in ("kind", "now")}

@@ -59,11 +59,11 @@ class CpuDecoder:
     ) -> None:
         """weights: of `dtype` float32 or bfloat16, bound. max_length: as NativeDecoder's."""
         self.spec = spec
+        self.weights, self.native, self.max_length = weights, native, max_length
         self.dtype = weights.dtype
         self.device = torch.device("cpu")
         self.kv_scales = weights.kv_scales
         self.weight_bytes = weights.nbytes
-        self._native = native
         self._layers = weights.layers
         self._head = packed(weights.lm_head)
         tied = spec.tied_embeddings  # read from the packed head: it is in memory once
@@ -131,7 +131,7 @@ class CpuDecoder:
     def _program(self) -> Program:
         """The program at the end of the list."""
         if not self._parts or not isinstance(self._parts[-1], Program):
-            self._parts.append(Program(self._native))
+            self._parts.append(Program(self.native))
         last = self._parts[-1]
         assert isinstance(last, Program)
         return last

@@ -77,7 +77,7 @@ class NativeDecoder:
     def __init__(self, spec: ModelSpec, weights: DecoderWeights, max_length: int | None = None) -> None:
         """max_length: tokens of the longest sequence to come, which decides between longrope's two embeddings."""
         self.spec = spec
-        self.weights = weights
+        self.weights, self.max_length = weights, max_length
         ropes = spec.ropes
         self._ropes = [RotaryEmbedding(rope, self.device, max_length or spec.max_positions) for rope in ropes]
         self._rope_of = [None if layer.rope is None else ropes.index(layer.rope) for layer in spec.layers]

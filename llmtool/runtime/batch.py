@@ -96,6 +96,8 @@ class SequenceTable:
                 n = self.num_tokens[row]
                 self.tokens[row, n : n + len(entry.new_token_ids)] = entry.new_token_ids
                 self.num_tokens[row] += len(entry.new_token_ids)
+            if entry.keep_pages:
+                self.num_pages[:, row] = entry.keep_pages
             for g, entries in enumerate(entry.new_pages):
                 if entries:
                     n = self.num_pages[g, row]
@@ -107,6 +109,10 @@ class SequenceTable:
             at = np.array(grown)
             self.tokens[at, self.num_tokens[at]] = tokens
             self.num_tokens[at] += 1
+        for row, entry in zip(rows, scheduled, strict=True):
+            if entry.draft:  # past what is known, where the next tokens go over it
+                n = self.num_tokens[row]
+                self.tokens[row, n : n + len(entry.draft)] = entry.draft
         return np.array(rows, np.int64)
 
     def inputs(self, scheduled: Sequence[ScheduledRequest], rows: Ints, device: torch.device) -> StepInputs:
@@ -116,7 +122,8 @@ class SequenceTable:
         query_start = np.zeros(len(rows) + 1, np.int32)
         np.cumsum(lengths, out=query_start[1:])
         ends = starts + lengths
-        assert (ends <= self.num_tokens[rows]).all(), "a token is computed before it is known"
+        drafted = np.array([len(entry.draft) for entry in scheduled], np.int64)
+        assert (ends <= self.num_tokens[rows] + drafted).all(), "a token is computed before it is known"
         flat_rows = np.repeat(rows, lengths)  # [N]
         positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], lengths)  # [N]
 

@@ -22,13 +22,16 @@ from llmtool.config import EngineConfig
 from llmtool.core.engine import Engine
 from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.pooling import PoolingEngine, PoolingScheduler
-from llmtool.core.ports import RealClock
+from llmtool.core.ports import Drafts, RealClock
 from llmtool.core.request import SequenceOutput
 from llmtool.core.scheduler import Scheduler
+from llmtool.core.speculation.build import check_speculation, speculator_of
 from llmtool.core.stats import MemoryView, memory_view
 from llmtool.core.steplog import StepLogWriter
 from llmtool.errors import EngineDead, LLMToolError, UsageError
+from llmtool.models.cache import cache_dir
 from llmtool.runtime.parts import EngineParts, PoolingParts
+from llmtool.runtime.spec_state import Learned
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent's business, also when the whole group gets them
 PAUSE = 0.5  # seconds without a request before the engine gets ready what only some requests need
@@ -54,12 +57,19 @@ def main(connection: Connection, config: EngineConfig, factory: str) -> None:
     log_file = None
     try:
         started = time.monotonic()
-        log_file = _open_log(config.step_log)  # before the model is loaded: a bad path should fail at once
+        # These two before the model is loaded: bad settings and a bad path should fail at once.
+        check_speculation(config.spec, config.proposer)
+        log_file = _open_log(config.step_log)
         parts = _build(connection, config, factory)
-        engine = _engine(parts, config, log_file)
+        drafts = learned = None
+        if isinstance(parts, EngineParts):
+            drafts = speculator_of(config.spec, config.proposer, parts.drafter)
+        if drafts is not None:
+            learned = Learned(cache_dir(), parts.info, drafts.controller, config.proposer)
+        engine = _engine(parts, config, log_file, drafts)
         seconds = time.monotonic() - started
         connection.send(("ready", replace(parts.info, load_seconds=seconds, pid=os.getpid())))
-        _Loop(connection, engine, parts.when_idle).run()
+        _Loop(connection, engine, parts.when_idle, learned).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     except LLMToolError as error:
@@ -88,12 +98,12 @@ def _build(connection: Connection, config: EngineConfig, factory: str) -> Engine
 
 
 def _engine(
-    parts: EngineParts | PoolingParts, config: EngineConfig, log_file: IO[str] | None
+    parts: EngineParts | PoolingParts, config: EngineConfig, log_file: IO[str] | None, drafts: Drafts | None
 ) -> Engine | PoolingEngine:
     if isinstance(parts, PoolingParts):
         return PoolingEngine(PoolingScheduler(parts.scheduler), parts.executor, RealClock())
     allocator = UniformAllocator(parts.group, parts.num_pages, parts.host_pages, config.enable_prefix_caching)
-    scheduler = Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids)
+    scheduler = Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids, drafts)
     log = None if log_file is None else StepLogWriter(log_file, scheduler, parts.info.kv_cache_dtype)
     return Engine(scheduler, parts.executor, RealClock(), log)
 
@@ -114,7 +124,10 @@ class _Loop:
         connection: Connection,
         engine: Engine | PoolingEngine,
         when_idle: Callable[[], None] | None = None,
+        learned: Learned | None = None,
     ) -> None:
+        self._learned = learned
+        self._trips = 0
         self._connection = connection
         self._engine = engine
         self._when_idle = when_idle
@@ -122,6 +135,13 @@ class _Loop:
         self._stats_due = 0.0
 
     def run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            if self._learned is not None:
+                self._learned.keep()
+
+    def _serve(self) -> None:
         while not self._closing:
             if not self._engine.has_work:
                 self._send_stats()
@@ -186,6 +206,11 @@ class _Loop:
     def _send_stats(self) -> None:
         stats = self._engine.stats
         stats.rss_bytes = rss_bytes()
+        if stats.spec is not None and stats.spec.watchdog_trips > self._trips:
+            self._trips = stats.spec.watchdog_trips
+            sys.stderr.write(
+                f"Speculation lost time at this load and is off for a while: {stats.spec.explain}\n"
+            )
         self._connection.send(("stats", stats))
 
 

@@ -35,11 +35,13 @@ from llmtool.runtime.device import (
     pick_kv_dtype,
     set_threads,
 )
+from llmtool.runtime.drafter import make_drafter
 from llmtool.runtime.kv_store import KVStore
 from llmtool.runtime.logprobs import ROWS_AT_ONCE, token_logprobs
 from llmtool.runtime.parts import EngineInfo, EngineParts, Progress
 from llmtool.runtime.sampler import GrammarMask, SamplingRows, sample
 from llmtool.runtime.structured import GrammarCompiler, accept, grammar_tokenizer, why_stopped
+from llmtool.runtime.verify import SampledRows
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 class _Outcome:
     """What a step has produced so far."""
 
-    tokens: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, list[int]] = field(default_factory=dict)
     logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
     prompt_logprobs: dict[str, list[TokenLogprob]] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
@@ -131,7 +133,7 @@ class TorchExecutor:
         self._note_tokens(out.scheduled, outcome)
         if out.scheduled:
             self._execute(out.scheduled, outcome)
-        tokens = [[outcome.tokens[e.id]] if e.id in outcome.tokens else [] for e in out.scheduled]
+        tokens = [outcome.tokens.get(e.id, []) for e in out.scheduled]
         return StepResult(out.step_id, tokens, outcome.logprobs, outcome.prompt_logprobs, outcome.errors)
 
     def _add(self, new: NewRequest) -> None:
@@ -193,29 +195,38 @@ class TorchExecutor:
             self._score_prompts(scheduled, inputs, hidden, outcome)
         which = np.flatnonzero([e.sample and e.id not in outcome.errors for e in scheduled])
         if len(which):
-            last = torch.from_numpy(inputs.ends[which] - 1).to(hidden.device)
-            logits = self.model.logits(hidden[last])  # [S, V]
-            positions = (inputs.starts + inputs.lengths)[which]
-            self._sample([scheduled[i].id for i in which], rows[which], positions, logits, outcome)
+            sampled = [scheduled[i] for i in which]
+            places = SampledRows.of([e.draft for e in sampled], rows[which])
+            last = places.spread(inputs.ends[which] - places.drafted) + places.offsets - 1
+            logits = self.model.logits(hidden[torch.from_numpy(last).to(hidden.device)])  # [S, V]
+            positions = (
+                places.spread((inputs.starts + inputs.lengths)[which] - places.drafted) + places.offsets
+            )
+            self._sample([e.id for e in sampled], places, positions, logits, outcome)
 
     def _sample(
-        self, ids: list[str], rows: Ints, positions: Ints, logits: torch.Tensor, outcome: _Outcome
+        self, ids: list[str], places: SampledRows, positions: Ints, logits: torch.Tensor, outcome: _Outcome
     ) -> None:
-        mask, broken = self._grammar_mask(rows)
-        num_outputs = self._sequences.num_tokens[rows] - self._sequences.num_prompt[rows]
-        sampled, peaks = sample(logits, self._sampling, rows, positions, num_outputs, mask)
-        tokens = sampled.tolist()
+        rows = places.rows
+        mask, broken = self._grammar_mask(places)
+        num_outputs = self._sequences.num_tokens[rows] - self._sequences.num_prompt[rows] + places.offsets
+        sampled, peaks = sample(logits, self._sampling, rows, positions, num_outputs, mask, places.ahead())
         for i in torch.nonzero(~torch.isfinite(peaks)).flatten().tolist():
             broken.setdefault(i, _why_not(peaks[i].item(), int(positions[i])))
-        outcome.errors |= {ids[i]: why for i, why in broken.items()}
-        outcome.tokens |= {seq: tokens[i] for i, seq in enumerate(ids) if i not in broken}
+        kept: list[int] = []
+        for seq, (begin, tokens) in zip(ids, places.accepted(sampled.tolist(), broken), strict=True):
+            if tokens:
+                outcome.tokens[seq] = tokens
+                kept += range(begin, begin + len(tokens))
+            else:
+                outcome.errors[seq] = broken[begin]
         if not self._logprobs:
             return
-        asked = [i for i, row in enumerate(rows.tolist()) if row in self._logprobs and i not in broken]
+        asked = [i for i in kept if int(rows[i]) in self._logprobs]
         at = torch.tensor(asked, dtype=torch.int64, device=logits.device)
         counts = [self._logprobs[int(rows[i])] for i in asked]
         for i, logprob in zip(asked, token_logprobs(logits[at], sampled[at], counts), strict=True):
-            outcome.logprobs[ids[i]] = [logprob]
+            outcome.logprobs.setdefault(ids[places.owners[i]], []).append(logprob)
 
     def _score_prompts(
         self, scheduled: list[ScheduledRequest], inputs: StepInputs, hidden: torch.Tensor, outcome: _Outcome
@@ -251,15 +262,27 @@ class TorchExecutor:
             self._compiler = self._make_compiler()
         return self._compiler.matcher(new.params.grammar, new.token_ids[new.num_prompt_tokens :])
 
-    def _grammar_mask(self, rows: Ints) -> tuple[GrammarMask | None, dict[int, str]]:
-        """The mask of those of `rows` that have a grammar, and which of them failed, by index into rows."""
+    def _grammar_mask(self, places: SampledRows) -> tuple[GrammarMask | None, dict[int, str]]:
+        """The mask of those of the rows that have a grammar, and which of them failed, by index into rows."""
         if not self._matchers:
             return None, {}
-        at = [i for i, row in enumerate(rows.tolist()) if row in self._matchers]
+        at: list[int] = []
+        matchers: list[LLMatcher] = []
+        for i, row in enumerate(places.rows.tolist()):
+            matcher = self._matchers.get(row)
+            if matcher is None:
+                continue
+            offset = int(places.offsets[i])
+            if (
+                offset
+            ):  # as if the drafts before it were its output; where one is not allowed, the rest is idle
+                matcher = matchers[-1].deep_copy()
+                accept(matcher, places.drafts[places.owners[i]][offset - 1 : offset])
+            at.append(i)
+            matchers.append(matcher)
         if not at:
             return None, {}
         assert self._compiler is not None
-        matchers = [self._matchers[int(rows[i])] for i in at]
         words = self._compiler.words(matchers)
         broken = {i: why_stopped(m) for i, m in zip(at, matchers, strict=True) if m.is_error()}
         return GrammarMask(np.array(at, np.int64), words), broken
@@ -301,12 +324,13 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
         config.quantization,
     )
     spec = model.spec
+    tokenizer_dir = directory if config.tokenizer is None else _tokenizer_dir(config)
+    drafter = make_drafter(config, model, tokenizer_dir)  # its memory is taken before the pages are counted
     group = uniform_group(spec.layer_cache_specs((kv_dtype or dtype).itemsize), config.block_size)
     limits = config.scheduler(1)
     activations = activation_bytes(spec, dtype.itemsize, limits.max_num_batched_tokens, limits.max_num_seqs)
     memory, on_cpu = device_memory(device), device.type == "cpu"
     budget = kv_budget(config, group, spec.max_positions, memory, activations, on_cpu, host_memory().free)
-    tokenizer_dir = directory if config.tokenizer is None else _tokenizer_dir(config)
     # Most config.json name the end of sequence; without it, only the tokenizer knows.
     eos = spec.eos_ids or tuple(i for i in [Tokenizer.from_dir(tokenizer_dir).eos_id] if i is not None)
 
@@ -322,7 +346,14 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     scheduler = config.scheduler(budget.max_model_len)
     info = _describe(config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads)
     return EngineParts(
-        executor, group, budget.num_pages, budget.host_pages, scheduler, info, executor.prepare_grammars
+        executor,
+        group,
+        budget.num_pages,
+        budget.host_pages,
+        scheduler,
+        info,
+        executor.prepare_grammars,
+        drafter,
     )
 
 

@@ -10,6 +10,7 @@ from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import KVCacheGroup
 from llmtool.core.pooling import PoolingExecutor
 from llmtool.core.ports import Executor
+from llmtool.core.speculation.speculator import BatchProposer
 from llmtool.core.stats import EngineStats
 
 Progress = Callable[[str, float], None]
@@ -93,7 +94,7 @@ def memory_bytes(info: Sizes, stats: EngineStats) -> dict[str, int]:
 @dataclass(slots=True)
 class EngineParts:
     """An executor, ready to run, and what the policy must know to drive it. when_idle: called once, in the first
-    pause between requests, to get ready what only some of them need.
+    pause between requests, to get ready what only some of them need. drafter: a model that drafts.
     """
 
     executor: Executor
@@ -103,6 +104,7 @@ class EngineParts:
     scheduler: SchedulerConfig
     info: EngineInfo
     when_idle: Callable[[], None] | None = None
+    drafter: BatchProposer | None = None
 
 
 @dataclass(slots=True)

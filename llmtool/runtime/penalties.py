@@ -47,12 +47,18 @@ class PenaltyTable:
         repetition: torch.Tensor,
         presence: torch.Tensor,
         frequency: torch.Tensor,
+        *,
+        ahead: Sequence[Sequence[int]] = (),
     ) -> torch.Tensor:
-        """Penalised logits [P, V]; slots and penalties: [P].
+        """Penalised logits [P, V]; slots and penalties: [P]. ahead: per row, drafts that count as output too.
 
         Repetition (CTRL, 1909.05858, section 4.1) counts prompt and output, the others the output, as in vLLM.
         """
         counts = self.output_counts[slots]  # [P, V]
+        for row, tokens in enumerate(ahead):
+            if tokens:
+                ids = self._ids(tokens)
+                counts[row].index_add_(0, ids, torch.ones_like(ids, dtype=torch.int32))
         in_output = counts > 0
         factor = torch.where(self.in_prompt[slots] | in_output, repetition[:, None], 1.0)
         logits = torch.where(logits > 0, logits / factor, logits * factor)

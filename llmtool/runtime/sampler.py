@@ -132,11 +132,13 @@ def sample(
     positions: Ints,
     num_outputs: Ints,
     mask: GrammarMask | None = None,
+    ahead: Sequence[Sequence[int]] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample one token per row; `logits` is left as it is, for raw log-probabilities.
 
     logits: [S, V] float32. index: [S] rows of `rows`. positions: [S] absolute positions of the tokens being
-    sampled. num_outputs: [S] output tokens each sequence has already. Returns tokens [S] int64 and peaks [S]: the
+    sampled. num_outputs: [S] output tokens each sequence has already. ahead: per row, the last of those that `rows`
+    does not know: drafts before this position; () when there are none. Returns tokens [S] int64 and peaks [S]: the
     largest logit that was left, not finite where the row cannot be sampled (NaN, or everything forbidden).
     """
     touched = rows.features[index] != 0
@@ -155,6 +157,7 @@ def sample(
             positions[part],
             num_outputs[part],
             None if mask is None else mask.part(part),
+            [ahead[i] for i in part.tolist()] if ahead else (),
         )
     return tokens, peaks
 
@@ -166,11 +169,12 @@ def _sample_touched(
     positions: Ints,
     num_outputs: Ints,
     mask: GrammarMask | None,
+    ahead: Sequence[Sequence[int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`sample` for rows that need more than an argmax; x [T, V] is overwritten. Returns peaks, tokens [T]."""
     if mask is not None:
         apply_bitmask(x, mask)
-    _adjust(x, rows, index, num_outputs)
+    _adjust(x, rows, index, num_outputs, ahead)
     peaks, tokens = x.max(dim=1)
     drawn = np.flatnonzero(rows.features[index] & RANDOM)
     if len(drawn) == 0:
@@ -198,7 +202,9 @@ def apply_bitmask(x: torch.Tensor, mask: GrammarMask) -> None:
     x[index] = x[index].masked_fill(forbidden, -torch.inf)
 
 
-def _adjust(x: torch.Tensor, rows: SamplingRows, index: Ints, num_outputs: Ints) -> None:
+def _adjust(
+    x: torch.Tensor, rows: SamplingRows, index: Ints, num_outputs: Ints, ahead: Sequence[Sequence[int]]
+) -> None:
     """Logit bias, min_tokens and penalties in place, for the rows that have them. x: [T, V]."""
     features = rows.features[index]
     for i in np.flatnonzero(features & BIAS):
@@ -214,7 +220,10 @@ def _adjust(x: torch.Tensor, rows: SamplingRows, index: Ints, num_outputs: Ints)
         where, slots = (torch.from_numpy(a).to(x.device) for a in (at, rows.penalty_slot[r]))
         strengths = (rows.repetition, rows.presence, rows.frequency)
         x[where] = rows.penalties.apply(
-            x[where], slots, *(torch.from_numpy(a[r]).to(x.device) for a in strengths)
+            x[where],
+            slots,
+            *(torch.from_numpy(a[r]).to(x.device) for a in strengths),
+            ahead=[ahead[i] for i in at.tolist()] if ahead else (),
         )
 
 

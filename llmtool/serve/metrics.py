@@ -14,6 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from llmtool.core.request import RequestTimes, SamplingParams
+from llmtool.core.stats import SpecCounters
 from llmtool.runtime.parts import memory_bytes
 from llmtool.serve.ports import Engine
 
@@ -203,7 +204,50 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(prefix + name, text, labels=["model_name"])
             counter.add_metric(model, value)
             yield counter
+        if stats.spec is not None:
+            yield from self._speculation(stats.spec, model)
         yield from self._ours(model)
+
+    def _speculation(self, spec: SpecCounters, model: list[str]) -> Iterator[Metric]:
+        """vLLM's counters, and what the controller has learned."""
+        prefix = self._prefix + "spec_decode_"
+        for name, text, value in (
+            ("num_drafts", "Drafts verified.", spec.drafts),
+            ("num_draft_tokens", "Draft tokens verified.", spec.draft_tokens),
+            ("num_accepted_tokens", "Draft tokens that the model would have said.", spec.accepted_tokens),
+        ):
+            counter = CounterMetricFamily(prefix + name, text, labels=["model_name"])
+            counter.add_metric(model, value)
+            yield counter
+        at = CounterMetricFamily(
+            prefix + "num_accepted_tokens_per_pos",
+            "Accepted draft tokens by position in the draft.",
+            labels=["model_name", "position"],
+        )
+        for position, count in enumerate(spec.accepted_at):
+            at.add_metric([*model, str(position)], count)
+        yield at
+        trips = CounterMetricFamily(
+            "llmtool:spec_watchdog_trips",
+            "Times that speculation was switched off for losing.",
+            labels=["model_name"],
+        )
+        trips.add_metric(model, spec.watchdog_trips)
+        yield trips
+        explain = spec.explain or {}
+        for name, text, key in (
+            ("spec_draft_tokens_planned", "Draft tokens of the last step.", "draft_tokens"),
+            ("spec_token_goodput", "Decode tokens per decode second that drafts must beat.", "goodput"),
+        ):
+            gauge = GaugeMetricFamily(f"llmtool:{name}", text, labels=["model_name"])
+            gauge.add_metric(model, float(explain.get(key, 0.0)))
+            yield gauge
+        cost = GaugeMetricFamily(
+            "llmtool:spec_cost_seconds", "Learned step cost by part.", labels=["model_name", "part"]
+        )
+        for part, seconds in explain.get("cost", {}).items():
+            cost.add_metric([*model, part], seconds)
+        yield cost
 
     def _ours(self, model: list[str]) -> Iterator[Metric]:
         stats = self._engine.stats

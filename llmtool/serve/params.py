@@ -74,6 +74,7 @@ def sampling_params(
         seed=body.seed,
         grammar=grammar,
         beam=beam,
+        spec={"auto": None, "off": 0}[body.spec] if isinstance(body.spec, str) else body.spec,
     )
 
 

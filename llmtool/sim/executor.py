@@ -68,22 +68,29 @@ class CostModelExecutor:
         kv_tokens = 0
         for entry in out.scheduled:
             kv_tokens += entry.start + entry.num_tokens
-            tokens.append([self._sample(entry, logprobs)] if entry.sample else [])
+            tokens.append(self._sample(entry, logprobs) if entry.sample else [])
         seconds = self._cost.seconds(out.num_tokens, kv_tokens, len(out.scheduled)) if out.scheduled else 0.0
         self._queue.append(StepResult(out.step_id, tokens, logprobs, seconds=seconds))
 
     def _learn(self, new: NewRequest) -> None:
         self._known[new.id] = _Known(new.seed, new.params)
 
-    def _sample(self, entry: ScheduledRequest, logprobs: dict[str, tuple[TokenLogprob, ...]]) -> int:
+    def _sample(self, entry: ScheduledRequest, logprobs: dict[str, tuple[TokenLogprob, ...]]) -> list[int]:
         known = self._known[entry.id]
-        context = TokenContext(entry.id, entry.start + entry.num_tokens, known.seed, known.params)
+        position = entry.start + entry.num_tokens - len(entry.draft)
+        context = TokenContext(entry.id, position, known.seed, known.params)
         if known.params.beam is None:
-            return self._tokens(context)
+            tokens = [self._tokens(context)]
+            for guess in entry.draft:
+                if guess != tokens[-1]:
+                    break
+                position += 1
+                tokens.append(self._tokens(TokenContext(entry.id, position, known.seed, known.params)))
+            return tokens
         assert self._beams is not None, "a beam search needs a rule for beams"
         top = self._beams(context, known.params.beam.candidates)
         logprobs[entry.id] = (TokenLogprob(top[0][0], top[0][1], 1, top),)
-        return top[0][0]
+        return [top[0][0]]
 
     def collect(self) -> StepResult:
         return self._queue.popleft()

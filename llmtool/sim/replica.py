@@ -95,12 +95,16 @@ class PlanExecutor:
             if entry.num_tokens == 1 and entry.start:
                 batch.decodes += 1
                 batch.decode_context += end
+            elif entry.draft:  # like so many sequences, but their context is read once
+                batch.decodes += entry.num_tokens
+                batch.decode_context += end
             elif self._prefilled and self._arrived.get(entry.id):
                 self._arrived[entry.id] = not entry.sample
             else:
                 batch.chunks.append((entry.num_tokens, entry.start))
-            batch.samples += entry.sample
-            tokens.append([TOKEN] if entry.sample else [])
+            batch.samples += entry.sample + len(entry.draft)
+            right = next((i for i, t in enumerate(entry.draft) if t != TOKEN), len(entry.draft))
+            tokens.append([TOKEN] * (1 + right) if entry.sample else [])
         self.last = batch
         result, done = StepResult(out.step_id, tokens), max(self._done, self._clock.now())
         if out.scheduled:

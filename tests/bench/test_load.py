@@ -47,6 +47,9 @@ class Scripted:
     async def counters(self) -> dict[str, float]:
         return {}
 
+    async def speculation(self) -> dict[str, object]:
+        return {}
+
     async def memory(self) -> dict[str, int]:
         return {}
 

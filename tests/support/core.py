@@ -9,7 +9,7 @@ from llmtool.config import SchedulerConfig
 from llmtool.core.engine import Engine
 from llmtool.core.memory.geometry import KVCacheGroup, LayerCacheSpec, uniform_group
 from llmtool.core.memory.uniform import UniformAllocator
-from llmtool.core.ports import Clock, PageCopy, SchedulerOutput, StepResult, VirtualClock
+from llmtool.core.ports import Clock, Drafts, PageCopy, SchedulerOutput, StepResult, VirtualClock
 from llmtool.core.request import SamplingParams, TokenLogprob
 from llmtool.core.scheduler import Scheduler
 
@@ -81,18 +81,20 @@ class MemoryExecutor:
             for g, index, value in entry.table_edits:
                 assert g == 0
                 table[index] = value
+            if entry.keep_pages:
+                del table[entry.keep_pages[0] :]
             table.extend(entry.new_pages[0] if entry.new_pages else ())
             self._tokens[entry.id].extend(entry.new_token_ids)
             for position in range(entry.start, entry.start + entry.num_tokens):
                 page = self._device.setdefault(table[position // self._size], [-1] * self._size)
-                page[position % self._size] = self._tokens[entry.id][position]
+                page[position % self._size] = (*self._tokens[entry.id], *entry.draft)[position]
         # Every sequence reads after all have written, as real layers do.
         tokens, logprobs, errors = [], {}, {}
         for entry in out.scheduled:
             end = entry.start + entry.num_tokens
             table = self._tables[entry.id]
             seen = [self._device[table[p // self._size]][p % self._size] for p in range(end)]
-            assert seen == self._tokens[entry.id][:end], f"{entry.id} reads {seen}"
+            assert seen == [*self._tokens[entry.id], *entry.draft][:end], f"{entry.id} reads {seen}"
             if entry.id in self.failing:
                 errors[entry.id] = "it was told to fail"
                 tokens.append([])
@@ -104,7 +106,11 @@ class MemoryExecutor:
             if params.beam is not None:
                 top = next_logprobs(seen, params.beam.candidates)
                 logprobs[entry.id] = (TokenLogprob(top[0][0], top[0][1], 1, top),)
-            tokens.append([next_token(seen, seed)])
+            known = end - len(entry.draft)
+            made = [next_token(seen[:known], seed)]
+            while len(made) <= len(entry.draft) and entry.draft[len(made) - 1] == made[-1]:
+                made.append(next_token(seen[: known + len(made)], seed))
+            tokens.append(made)
         self._results.append(StepResult(out.step_id, tokens, logprobs, errors=errors, seconds=self.seconds))
 
     def collect(self) -> StepResult:
@@ -120,13 +126,14 @@ def make_engine(
     max_in_flight: int = 1,
     eos: Sequence[int] = (),
     clock: Clock | None = None,
+    drafts: Drafts | None = None,
     **config: object,
 ) -> Engine:
     settings = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 64, "max_waiting": 1000}
     settings |= config  # type: ignore[arg-type]
     kv_group = group(tokens_per_page)
     allocator = UniformAllocator(kv_group, num_pages, host_pages, prefix_caching)
-    scheduler = Scheduler(SchedulerConfig(**settings), allocator, eos)  # type: ignore[arg-type]
+    scheduler = Scheduler(SchedulerConfig(**settings), allocator, eos, drafts)  # type: ignore[arg-type]
     return Engine(scheduler, MemoryExecutor(kv_group, max_in_flight), clock or VirtualClock())
 
 

@@ -124,6 +124,8 @@ class GenerationFields(Body):
     return_token_ids: bool | None = False
     return_tokens_as_token_ids: bool | None = False
     priority: Int64 | None = 0
+    # Ours: draft tokens of this request; the output stays what it is.
+    spec: Literal["auto", "off"] | Annotated[int, Field(ge=0, le=16)] | None = None
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
 
     @property
