@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from llmtool.bench.config import BenchConfig
 
 T = TypeVar("T")
-_data, _load, _ask, _quality = "Dataset", "Load", "Requests", "Perplexity"
+_data, _load, _ask, _quality, _ahead = "Dataset", "Load", "Requests", "Perplexity", "Ahead-of-time execution"
 
 
 def _flag(panel: str, text: str, *names: str) -> Any:
@@ -116,6 +116,20 @@ def bench(
         list[str] | None,
         _flag(_quality, "Engine setting to compare with, as dtype=float32; repeatable.", "--baseline"),
     ] = None,
+    aot: Annotated[
+        str | None,
+        _flag(
+            _ahead,
+            "Compare eager, compiled and ahead-of-time steps of a model or a net (bert, distilbert, pruned-bert, "
+            "decoder, moe, resnet, mobilenet, efficientnet, inception, nasnet, mlp) instead.",
+            "--aot",
+        ),
+    ] = None,
+    aot_batch: Annotated[str | None, _flag(_ahead, "Batch sizes, as 1,8 (1).")] = None,
+    aot_seconds: Annotated[float | None, _flag(_ahead, "Measured so long for each batch size (3).")] = None,
+    aot_peers: Annotated[
+        bool | None, _flag(_ahead, "Also run torch.compile (default on).", "--aot-peers/--no-aot-peers")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts, arrivals and sampling.")] = None,
     dtype: engine.Dtype = None,
     quantization: engine.Quantization = None,
@@ -135,6 +149,7 @@ def bench(
     preemption: engine.Preemption = None,
     scheduling_policy: engine.SchedulingPolicy = None,
     enable_prefix_caching: engine.PrefixCaching = None,
+    enforce_eager: engine.EnforceEager = None,
     num_threads: engine.NumThreads = None,
     step_log: engine.StepLog = None,
     files: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
@@ -158,6 +173,8 @@ def bench(
       llmtool bench --compare a.json b.json
 
       llmtool bench ./my-model --perplexity text.txt --baseline dtype=float32
+
+      llmtool bench --aot inception --aot-batch 1,8 --html inception.html
     """
     flags: dict[str, Any] = dict(locals())
     from llmtool.cli import bench_run
@@ -172,6 +189,13 @@ def bench(
         with _document_shown(output):
             bench_run.show_file(show, output, html)
         return
+    if aot is not None:
+        from llmtool.cli import bench_aot
+
+        bench_run.check_writable(output_file, html)
+        bench_aot.bench_aot(flags, output)
+        return
+    refuse_aot(flags)
     if perplexity:
         measure_perplexity(flags, [*([model] if model else []), *(files or [])], config, output)
         return
@@ -213,6 +237,14 @@ def measure_perplexity(
         return
     bench_run.check_writable(flags["output_file"])
     bench_perplexity.bench_perplexity(engine_config, baseline, settings, text, output, flags["output_file"])
+
+
+def refuse_aot(flags: Mapping[str, Any]) -> None:
+    """UsageError for flags that need --aot."""
+    given = [n for n in ("aot_batch", "aot_seconds", "aot_peers") if flags.get(n) is not None]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"{names} goes with --aot.", "Add it, or leave it out.")
 
 
 def refuse_perplexity(flags: Mapping[str, Any]) -> None:
