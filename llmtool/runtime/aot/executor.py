@@ -40,7 +40,8 @@ class AotExecutor:
 
     example_inputs: positional arguments, trees of tensors and plain values. loss, optimizer: make it a training
     step; loss takes the module and the inputs. The first training step makes the optimizer's state and runs
-    eagerly, the second is recorded. always: use a plan even where eager was measured to be faster. sync: cost of
+    eagerly, the second is recorded. always: use a plan even where eager was measured to be faster. fuse: let
+    inference join linear layers that read the same input where that is faster, within fuse.TOLERANCE. sync: cost of
     forks and joins for the cost gate. runtime: what captures, for tests; None takes CUDA graphs on a GPU and
     pre-bound calls on a CPU.
 
@@ -57,6 +58,7 @@ class AotExecutor:
         optimizer: torch.optim.Optimizer | None = None,
         max_shapes: int = 8,
         always: bool = False,
+        fuse: bool = False,
         sync: SyncCost = GRAPH_COST,
         runtime: Callable[[], Runtime] | None = None,
     ) -> None:
@@ -70,6 +72,7 @@ class AotExecutor:
         self._example = tuple(example_inputs), dict(example_kwargs or {})
         self._loss, self._optimizer = loss, optimizer
         self._max_shapes, self._always, self._sync, self._runtime = max_shapes, always, sync, runtime
+        self._fuse = fuse and loss is None
         self._state = ModuleState(module)
         self._plans: dict[Key, Plan] = {}
         self._fallbacks: dict[Key, Fallback] = {}
@@ -110,6 +113,8 @@ class AotExecutor:
         if self._loss is None and torch.is_grad_enabled() and self._wants_grad(leaves):
             self._note((*key, "grad"), "gradients are wanted, which a replay does not give")
             return self._eager(inputs, kwargs)
+        for weight in plan.joined:
+            weight.refresh()
         outputs = plan.replay(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
         return tree_unflatten(outputs, plan.spec)
 
@@ -209,9 +214,11 @@ class AotExecutor:
             if self._state.hooked:
                 raise Unrecordable("the module has hooks, which a replay would not call")
             step = Step(lambda: self._eager(inputs, kwargs), tensors, self._device(leaves), training=keep)
+            step.tensors = list(self._state.tensors)
             if self._loss is None:
                 step.recorded = exported(self.module, inputs, kwargs)
-            plan, result = prepare(step, self._sync, self._runtime, self._stored.get(self._name(key)))
+            stored = self._stored.get(self._name(key))
+            plan, result = prepare(step, self._sync, self._runtime, stored, fuse=self._fuse)
         except Unrecordable as why:
             self._note(key, str(why))
             return False, None

@@ -15,8 +15,10 @@ from llmtool.runtime.aot.bind import same_bits
 from llmtool.runtime.aot.cost import GRAPH_COST, Candidate, SyncCost, candidates
 from llmtool.runtime.aot.cpu import Replay, compile_step
 from llmtool.runtime.aot.cuda import CudaRuntime, Runtime, capture
+from llmtool.runtime.aot.fuse import Joined, close, fused
 from llmtool.runtime.aot.machine import Machine, planned
 from llmtool.runtime.aot.order import order
+from llmtool.runtime.aot.program import Program
 from llmtool.runtime.aot.record import Recorder, Unrecordable, record
 from llmtool.runtime.aot.streams import Assignment, width
 from llmtool.runtime.aot.tasks import TaskGraph
@@ -28,8 +30,9 @@ NOISE = 0.02
 
 @dataclass(slots=True)
 class Plan:
-    """A prepared step. schedule: serial, gated or full. seconds: measured, by name, `eager` among them; predicted:
-    of the schedules. arena: bytes of the arena and of what lies outside it; planned, no_reuse: of an arena for all
+    """A prepared step. schedule: serial, gated or full, of the fused program if it says so. seconds: measured, by
+    name, `eager` among them; predicted: of the schedules. arena, loose: bytes of the arena and of
+    what lies outside it; planned, no_reuse: of an arena for all
     inner buffers, and of all of them side by side."""
 
     replay: Replay
@@ -47,6 +50,7 @@ class Plan:
     fingerprint: list[str]
     prepare_seconds: float = 0.0
     machine: Machine | None = field(default=None, repr=False)
+    joined: list[Joined] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +69,15 @@ class Stored:
 @dataclass(slots=True)
 class Step:
     """What is prepared. run: the eager step, with its tensors bound. recorded: the same for the pre-run, where that
-    is another function. training: the pre-run is a real step, whose effects stay."""
+    is another function. training: the pre-run is a real step, whose effects stay. tensors: the
+    module's own, for fusion."""
 
     run: Callable[[], Any]
     inputs: list[Tensor]
     device: torch.device
     recorded: Callable[[], Any] | None = None
     training: bool = False
+    tensors: list[Tensor] = field(default_factory=list)
 
 
 def prepare(
@@ -80,9 +86,10 @@ def prepare(
     runtime: Callable[[], Runtime] | None = None,
     stored: Stored | None = None,
     race: bool = True,
+    fuse: bool = False,
 ) -> tuple[Plan, Any]:
     """The plan of a step, and what its pre-run returned. Leaves memory as it was, or as one step leaves it when
-    training. runtime: makes what captures; None takes the device's own backend.
+    training. runtime: makes what captures; None takes the device's own backend. fuse: also try the fused program.
 
     Raises Unrecordable when the step cannot be replayed or a replay differs from eager in a bit.
     """
@@ -95,7 +102,7 @@ def prepare(
     after = _generators(step.device)
     expected = Expected(recorder, result)
     try:
-        plan = _planned(step, recorder, spec, expected, before, sync, runtime, stored, race)
+        plan = _planned(step, recorder, spec, expected, before, sync, runtime, stored, race, fuse)
     except BaseException:
         recorder.rewind()
         _seed(step.device, before)
@@ -117,37 +124,39 @@ def _planned(
     runtime: Callable[[], Runtime] | None,
     stored: Stored | None,
     race: bool,
+    fuse: bool,
 ) -> Plan:
     began = time.perf_counter()
-    program = recorder.program
-    if stored is not None and program.fingerprint() == stored.fingerprint:
-        for call, alone in zip(program.calls, stored.task_seconds, strict=True):
-            call.seconds = alone
-    else:
-        stored = None
-    graph = program.graph()
+    variants = _variants(recorder.program, fuse, stored, step.tensors)
+    if variants is None:
+        stored, variants = None, _variants(recorder.program, fuse, None, step.tensors)
+    assert variants is not None
     captured = step.device.type == "cuda" or runtime is not None
 
     def again() -> None:
         recorder.rewind()
         _seed(step.device, before)
 
-    ready: dict[str, tuple[Replay, Machine]] = {}
+    ready: dict[str, _Ready] = {}
+    predicted: dict[str, float] = {}
     problem: str | None = "it has nothing to replay"
-    found = _schedules(graph, sync, captured, stored)
-    for candidate in found:
-        with torch.inference_mode(False), torch.no_grad():
-            machine = Machine(program, graph, candidate.assignment, step.device)
-            again()
-            if captured:
-                make = runtime or (lambda: CudaRuntime(step.device))
-                replay = capture(machine, make(), step.inputs)
+    for label, program, joined in variants:
+        graph = program.graph()
+        for candidate in _schedules(graph, sync, captured, stored):
+            with torch.inference_mode(False), torch.no_grad():
+                machine = Machine(program, graph, candidate.assignment, step.device)
                 again()
-            else:
-                replay = compile_step(machine)
-            problem = expected.differs(replay(*step.inputs))
-        if problem is None:
-            ready[candidate.name] = replay, machine
+                if captured:
+                    make = runtime or (lambda: CudaRuntime(step.device))
+                    replay = capture(machine, make(), step.inputs)
+                    again()
+                else:
+                    replay = compile_step(machine)
+                problem = expected.differs(replay(*step.inputs), exact=not joined)
+            if problem is None:
+                name = candidate.name if stored is not None else label + candidate.name
+                ready[name] = _Ready(replay, machine, joined)
+                predicted[name] = candidate.seconds
     if not ready:
         raise Unrecordable(str(problem))
     if not step.training:  # what was exported must be the module, too
@@ -158,13 +167,14 @@ def _planned(
     if stored is not None:
         seconds, best = stored.seconds, stored.schedule
     else:
-        runs = {name: _timed(replay, step.inputs) for name, (replay, _) in ready.items()}
+        runs = {name: _timed(made.replay, step.inputs) for name, made in ready.items()}
         seconds = race_of({"eager": step.run, **runs}, recorder, step.device) if race else {}
         best = min(ready, key=lambda name: seconds.get(name, 0.0))
-    replay, machine = ready[best]
+    machine = ready[best].machine
+    program, graph = machine.program, machine.graph
     whole = planned(program, graph, machine.assignment)
     return Plan(
-        replay=replay,
+        replay=ready[best].replay,
         spec=spec,
         schedule=best,
         assignment=machine.assignment,
@@ -174,12 +184,40 @@ def _planned(
         loose=machine.loose_bytes,
         planned=whole.nbytes,
         no_reuse=whole.no_reuse,
-        predicted={c.name: c.seconds for c in found},
+        predicted=predicted,
         seconds=seconds,
         fingerprint=program.fingerprint(),
         prepare_seconds=time.perf_counter() - began,
         machine=machine,
+        joined=ready[best].joined,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    replay: Replay
+    machine: Machine
+    joined: list[Joined]
+
+
+def _variants(
+    program: Program, fuse: bool, stored: Stored | None, tensors: list[Tensor]
+) -> list[tuple[str, Program, list[Joined]]] | None:
+    """The recorded program and, if that is another, the fused one; with a stored schedule the one that it is of,
+    and its measurements. None where it is of neither."""
+    made: list[tuple[str, Program, list[Joined]]] = [("", program, [])]
+    if fuse:
+        joint, joined = fused(program, tensors)
+        if joined:
+            made.append(("fused ", joint, joined))
+    if stored is None:
+        return made
+    for label, variant, joined in made:
+        if variant.fingerprint() == stored.fingerprint:
+            for call, alone in zip(variant.calls, stored.task_seconds, strict=True):
+                call.seconds = alone
+            return [(label, variant, joined)]
+    return None
 
 
 def _schedules(graph: TaskGraph, sync: SyncCost, captured: bool, stored: Stored | None) -> list[Candidate]:
@@ -198,8 +236,14 @@ class Expected:
         self._outputs = [t.detach().clone() if isinstance(t, Tensor) else t for t in leaves]
         self._changed = [(window, window.clone()) for window, _ in recorder.saved]
 
-    def differs(self, outputs: Sequence[Any]) -> str | None:
-        """In what a run that has just ended differs from the pre-run, None if in no bit."""
+    def differs(self, outputs: Sequence[Any], exact: bool = True) -> str | None:
+        """In what a run that has just ended differs from the pre-run; None if in no bit, or not exact, by no more
+        than fusion may."""
+        if not exact:
+            windows, news = zip(*self._changed, strict=True) if self._changed else ((), ())
+            if close(self._outputs, outputs) and close(news, windows):
+                return None
+            return "a fused replay differs from eager by more than rounding"
         for i, (mine, theirs) in enumerate(zip(self._outputs, outputs, strict=True)):
             if isinstance(mine, Tensor):
                 if not same_bits(mine, theirs.detach()):

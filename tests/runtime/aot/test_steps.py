@@ -67,7 +67,7 @@ def test_decoding_in_buckets_gives_eager_tokens(tiny: TinyModel, monkeypatch: py
         )
     for i, prompt in enumerate(prompts):
         assert script.live[str(i)].output == tiny.greedy(prompt, wanted[i])
-    assert capture.replays > 5
+    assert capture.replays >= 5
     assert set(graphs(script.executor).shapes) <= {(1,), (1,) * 2, (1,) * 4, (1,) * 8}
 
 
