@@ -27,6 +27,7 @@ class _Writer:
     def __init__(self, machine: Machine) -> None:
         self.machine, self.program = machine, machine.program
         self._globals: dict[str, Any] = {"_window": window, "_as_strided": torch.as_strided}
+        self._globals["_below_autograd"] = torch._C._AutoDispatchBelowAutograd
         self._lines: list[str] = []
         self._names: dict[Value, str] = {}  # of values that are nowhere until they are made
         self._base: dict[int, tuple[str, torch.dtype]] = {}
@@ -53,8 +54,9 @@ class _Writer:
         outputs = ", ".join(
             self._read(v) if isinstance(v, Value) else self._constant(v) for v in self.program.outputs
         )
-        body = "\n".join(f"    {line}" for line in [*self._lines, f"return [{outputs}]"])
-        source = f"def replay({', '.join(parameters)}):\n{body}\n"
+        # Nothing here is differentiated: dispatch begins below autograd.
+        body = "\n".join(f"        {line}" for line in [*self._lines, f"return [{outputs}]"])
+        source = f"def replay({', '.join(parameters)}):\n    with _below_autograd():\n{body}\n"
         exec(compile(source, "<replay>", "exec"), self._globals)
         replay: Replay = self._globals["replay"]
         return replay

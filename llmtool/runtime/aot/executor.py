@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from llmtool.errors import UsageError
 from llmtool.runtime.aot.cost import GRAPH_COST, SyncCost
 from llmtool.runtime.aot.cuda import Runtime
 from llmtool.runtime.aot.explain import Explanation, Fallback
-from llmtool.runtime.aot.keys import Key, ModuleState, leaf_key, optimizer_key, surroundings
+from llmtool.runtime.aot.keys import Key, ModuleState, flattened, leaf_key, optimizer_key, surroundings
 from llmtool.runtime.aot.prepare import Plan, Step, Stored, fastest, prepare
 from llmtool.runtime.aot.record import Unrecordable
 from llmtool.runtime.aot.saved import dump, parse
@@ -86,7 +85,7 @@ class AotExecutor:
         is prepared when it first can be."""
         if not inputs and not kwargs:
             inputs, kwargs = self._example
-        leaves, spec = tree_flatten((inputs, kwargs))
+        leaves, spec = flattened(inputs, kwargs)
         try:
             key = self._key(leaves, spec)
         except Unrecordable as why:
@@ -98,7 +97,7 @@ class AotExecutor:
         return self
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((inputs, kwargs))
+        leaves, spec = flattened(inputs, kwargs)
         try:
             key = self._key(leaves, spec)
         except Unrecordable as why:
@@ -115,8 +114,8 @@ class AotExecutor:
             return self._eager(inputs, kwargs)
         for weight in plan.joined:
             weight.refresh()
-        outputs = plan.replay(*[leaf for leaf in leaves if isinstance(leaf, Tensor)])
-        return tree_unflatten(outputs, plan.spec)
+        tensors = leaves if leaves is inputs else [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return plan.result(plan.replay(*tensors))
 
     def explain(self) -> Explanation:
         """What is prepared and how, and what is not and why."""
@@ -150,7 +149,7 @@ class AotExecutor:
 
     # -- inside --------------------------------------------------------------------------------------------
 
-    def _key(self, leaves: list[Any], spec: Any) -> Key:
+    def _key(self, leaves: Sequence[Any], spec: Any) -> Key:
         key = (
             *[leaf_key(leaf) for leaf in leaves],
             spec,
@@ -163,11 +162,11 @@ class AotExecutor:
         """The key across processes: without addresses, which the optimizer's part has."""
         return repr(key if self._optimizer is None else key[:-1])
 
-    def _device(self, leaves: list[Any]) -> torch.device:
+    def _device(self, leaves: Sequence[Any]) -> torch.device:
         found = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), self._state.device)
         return found or torch.device("cpu")
 
-    def _wants_grad(self, leaves: list[Any]) -> bool:
+    def _wants_grad(self, leaves: Sequence[Any]) -> bool:
         """Whether eager would give results to differentiate that somebody may: an input asks for it, or the module
         is being trained."""
         asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
@@ -177,7 +176,7 @@ class AotExecutor:
         return self._optimizer is not None and not self._optimizer.state and bool(self._optimizer.defaults)
 
     def _unprepared(
-        self, key: Key, leaves: list[Any], inputs: tuple[Any, ...], kwargs: dict[str, Any]
+        self, key: Key, leaves: Sequence[Any], inputs: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         fallback = self._fallbacks.get(key)
         if fallback is not None and fallback.final:
@@ -203,7 +202,7 @@ class AotExecutor:
         return self._eager(inputs, kwargs)
 
     def _prepare(
-        self, key: Key, leaves: list[Any], inputs: tuple[Any, ...], kwargs: dict[str, Any], keep: bool
+        self, key: Key, leaves: Sequence[Any], inputs: tuple[Any, ...], kwargs: dict[str, Any], keep: bool
     ) -> tuple[bool, Any]:
         """Make the plan of a key, or note why not. keep: let the pre-run be a step of training. Whether it ran, and
         what it returned."""
@@ -214,7 +213,7 @@ class AotExecutor:
             if self._state.hooked:
                 raise Unrecordable("the module has hooks, which a replay would not call")
             step = Step(lambda: self._eager(inputs, kwargs), tensors, self._device(leaves), training=keep)
-            step.tensors = list(self._state.tensors)
+            step.tensors = self._state.tensors
             if self._loss is None:
                 step.recorded = exported(self.module, inputs, kwargs)
             stored = self._stored.get(self._name(key))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from llmtool.runtime.aot.record import Unrecordable
 
 Key = tuple[Any, ...]
+_training = attrgetter("training")
 PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size)
 
 
@@ -23,20 +27,36 @@ def leaf_key(leaf: Any) -> Any:
     raise Unrecordable(f"an argument of type {type(leaf).__name__} has no value to tell it by")
 
 
+def flattened(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sequence[Any], Any]:
+    """Leaves of the arguments, and what puts them together again; for tensors alone, their number."""
+    if not kwargs and set(map(type, inputs)) == {Tensor}:
+        return inputs, len(inputs)
+    return tree_flatten((inputs, kwargs))
+
+
+def unflattener(spec: TreeSpec) -> Callable[[list[Any]], Any]:
+    """Puts a step's outputs together."""
+    if spec.is_leaf():
+        return lambda outputs: outputs[0]
+    if spec.type in (tuple, list) and all(child.is_leaf() for child in spec.children()):
+        return spec.type
+    return lambda outputs: tree_unflatten(outputs, spec)
+
+
 def surroundings(device: torch.device) -> Key:
     """The process's settings that choose kernels."""
     kind = device.type
     return (
         torch.get_num_threads(),
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
-        torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_deterministic_algorithms(),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
+        torch._C._get_float32_matmul_precision(),
         torch._C._get_flash_sdp_enabled(),
         torch._C._get_math_sdp_enabled(),
         torch._C._get_mem_efficient_sdp_enabled(),
-        torch.backends.mkldnn.enabled,
-        torch.backends.cudnn.benchmark,
+        torch._C._get_mkldnn_enabled(),
+        torch._C._get_cudnn_benchmark(),
     )
 
 
@@ -45,28 +65,23 @@ class ModuleState:
 
     def __init__(self, module: nn.Module) -> None:
         self._modules = list(module.modules())
-        self._tensors = [
-            (store, name, tensor, tensor.data_ptr())
-            for m in self._modules
-            for store in (m._parameters, m._buffers)
-            for name, tensor in store.items()
-            if tensor is not None
+        self._stores: list[dict[str, Any]] = [
+            store for m in self._modules for store in (m._parameters, m._buffers) if store
         ]
+        held = [tensor for store in self._stores for tensor in store.values()]
+        self._held = held  # alive, so that no other gets the same id
+        self._ids = list(map(id, held))
+        self.tensors = [tensor for tensor in held if tensor is not None]
+        self._addresses = [tensor.data_ptr() for tensor in self.tensors]
         self.hooked = any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
 
     def same(self) -> bool:
         """Whether all tensors are where they were. Their values may change in place."""
-        for store, name, tensor, address in self._tensors:
-            if store.get(name) is not tensor or tensor.data_ptr() != address:
-                return False
-        return True
+        now = list(map(id, chain.from_iterable([store.values() for store in self._stores])))
+        return now == self._ids and list(map(Tensor.data_ptr, self.tensors)) == self._addresses
 
     def modes(self) -> tuple[bool, ...]:
-        return tuple([m.training for m in self._modules])
-
-    @property
-    def tensors(self) -> Iterator[Tensor]:
-        return (tensor for _, _, tensor, _ in self._tensors)
+        return tuple(map(_training, self._modules))
 
     @property
     def device(self) -> torch.device | None:

@@ -12,15 +12,16 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten
 
 from llmtool.runtime.aot.bind import same_bits
-from llmtool.runtime.aot.cost import GRAPH_COST, Candidate, SyncCost, candidates
+from llmtool.runtime.aot.cost import GRAPH_COST, Candidate, SyncCost, candidates, simulate
 from llmtool.runtime.aot.cpu import Replay, compile_step
 from llmtool.runtime.aot.cuda import CudaRuntime, Runtime, capture
 from llmtool.runtime.aot.fuse import Joined, close, fused
+from llmtool.runtime.aot.keys import unflattener
 from llmtool.runtime.aot.machine import Machine, planned
 from llmtool.runtime.aot.order import order
 from llmtool.runtime.aot.program import Program
 from llmtool.runtime.aot.record import Recorder, Unrecordable, record
-from llmtool.runtime.aot.streams import Assignment, width
+from llmtool.runtime.aot.streams import Assignment, assign, width
 from llmtool.runtime.aot.tasks import TaskGraph
 
 RACE_SECONDS = 0.3
@@ -30,13 +31,13 @@ NOISE = 0.02
 
 @dataclass(slots=True)
 class Plan:
-    """A prepared step. schedule: serial, gated or full, of the fused program if it says so. seconds: measured, by
-    name, `eager` among them; predicted: of the schedules. arena, loose: bytes of the arena and of
-    what lies outside it; planned, no_reuse: of an arena for all
-    inner buffers, and of all of them side by side."""
+    """A prepared step. result: puts what replay returns together. schedule: serial, gated or full, of the fused
+    program if it says so. seconds: measured, by name, `eager` among them; predicted: of the schedules. arena: its
+    bytes; loose: of inner buffers outside it; planned, no_reuse: of an arena for all inner buffers, and of all of
+    them side by side."""
 
     replay: Replay
-    spec: TreeSpec
+    result: Callable[[list[Any]], Any]
     schedule: str
     assignment: Assignment
     tasks: int
@@ -175,7 +176,7 @@ def _planned(
     whole = planned(program, graph, machine.assignment)
     return Plan(
         replay=ready[best].replay,
-        spec=spec,
+        result=unflattener(spec),
         schedule=best,
         assignment=machine.assignment,
         tasks=len(graph),
@@ -224,8 +225,10 @@ def _schedules(graph: TaskGraph, sync: SyncCost, captured: bool, stored: Stored 
     if stored is not None:
         kept = Assignment(stored.streams, stored.waits)
         return [Candidate(stored.schedule, kept, stored.predicted.get(stored.schedule, 0.0))]
-    every = candidates(graph, sync, captured)
-    return every if captured else every[:1]  # a CPU's calls use all threads already: one stream
+    if captured:
+        return candidates(graph, sync)
+    one = assign(graph, "serial")  # a CPU's calls use all threads already
+    return [Candidate("serial", one, simulate(graph, one, SyncCost()))]
 
 
 class Expected:
