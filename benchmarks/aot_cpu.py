@@ -73,7 +73,8 @@ def against(module: torch.nn.Module, inputs: tuple[Any, ...], config: AotBenchCo
 
 def shown(row: dict[str, Any]) -> str:
     times = ", ".join(f"{name} {ms:.3f}" for name, ms in row["ms"].items())
-    return f"{row['net']:28} {times} ms; replay {row['aot_over']['eager']:.2f}x eager, bare {row['bare_over_eager']:.2f}x"
+    ratios = f"aot {row['aot_over']['eager']:.2f}x eager, bare {row['bare_over_eager']:.2f}x"
+    return f"{row['net']:28} {times} ms; {ratios}"
 
 
 def decoder(dtype: torch.dtype, seconds: float) -> dict[str, Any]:

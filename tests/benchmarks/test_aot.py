@@ -39,4 +39,4 @@ def test_task_graphs_of_the_table() -> None:
 
 
 def test_cpu_benchmark() -> None:
-    assert "replay" in run(ROOT / "benchmarks/aot_cpu.py", "--quick", "--threads", "1")
+    assert "bare" in run(ROOT / "benchmarks/aot_cpu.py", "--quick", "--threads", "1")
