@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from llmtool.version import __version__
 
-_LAZY = {"AsyncEngine": "llmtool.runtime.async_engine", "Engine": "llmtool.core.engine"}
-__all__ = ["AsyncEngine", "Engine", "__version__"]
+_LAZY = {
+    "AotExecutor": "llmtool.runtime.aot.executor",
+    "AsyncEngine": "llmtool.runtime.async_engine",
+    "Engine": "llmtool.core.engine",
+}
+__all__ = ["AotExecutor", "AsyncEngine", "Engine", "__version__"]
 
 
 def __getattr__(name: str) -> object:

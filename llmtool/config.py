@@ -71,6 +71,7 @@ class EngineConfig:
     max_model_len: None takes the model's own, shortened to what the KV memory holds. block_size: tokens per page.
     gpu_memory_utilization: part of the device's memory the engine may take (weights, activations, KV).
     kv_cache_memory_bytes: exact KV memory, instead. swap_space_bytes: host memory for swapped pages.
+    enforce_eager: capture no steps ahead of time on a GPU.
     step_log: JSONL file to record every decision in, or None. spec: auto | off | smartspec | draft tokens a step |
     a TOML file of batch size = draft tokens (llmtool/core/speculation/build.py). proposer: who drafts them.
     """
@@ -92,6 +93,7 @@ class EngineConfig:
     scheduling_policy: str = "fcfs"
     preemption: str = "recompute"
     enable_prefix_caching: bool = True
+    enforce_eager: bool = False
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
     swap_space_bytes: int = 0

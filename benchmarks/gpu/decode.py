@@ -32,6 +32,7 @@ from llmtool.core.scheduler import Scheduler
 from llmtool.models.decoder import KVContext, NativeDecoder
 from llmtool.models.weights import allocate, fill_random
 from llmtool.modelspec import ModelSpec
+from llmtool.runtime.aot.steps import Capture
 from llmtool.runtime.executor import TorchExecutor
 from llmtool.runtime.kv_store import KVStore
 
@@ -217,15 +218,15 @@ class GraphDecoder:
         return KVContext(self.store.arena, layers, (batch,))
 
 
-def engine_run(model: NativeDecoder, load: Load) -> Run:
-    """Our whole engine, offline: all requests at once."""
+def engine_run(model: NativeDecoder, load: Load, capture: Capture | None = None) -> Run:
+    """Our whole engine, offline: all requests at once. capture: of its steps ahead of time, kept between runs."""
     group = uniform_group(model.spec.layer_cache_specs(model.dtype.itemsize), TOKENS_PER_PAGE)
     length = load.prompt + load.long + 2
     store = KVStore(group, group.pages(length) * load.batch + 1, device=model.device)
     prompts = load.prompts(model.spec.vocab_size)
+    executor = TorchExecutor(model, store, load.batch, length, [], capture=capture)
 
     def run(new_tokens: int) -> None:
-        executor = TorchExecutor(model, store, load.batch, length, [])
         scheduler = Scheduler(
             SchedulerConfig(load.batch, 8192, length),
             UniformAllocator(group, store.num_pages, prefix_caching=False),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _data, _load, _ask, _quality, _simulated = "Dataset", "Load", "Requests", "Perplexity", "Simulation"
+_ahead = "Ahead-of-time execution"
 
 
 def _flag(panel: str, text: str, *names: str) -> Any:
@@ -126,6 +127,20 @@ def bench(
     coverage: Annotated[
         float | None, _flag(_simulated, "Chance that a sequence has a draft at all (1).")
     ] = None,
+    aot: Annotated[
+        str | None,
+        _flag(
+            _ahead,
+            "Compare eager, compiled and ahead-of-time steps of a model or a net (bert, distilbert, pruned-bert, "
+            "decoder, moe, resnet, mobilenet, efficientnet, inception, nasnet, mlp) instead.",
+            "--aot",
+        ),
+    ] = None,
+    aot_batch: Annotated[str | None, _flag(_ahead, "Batch sizes, as 1,8 (1).")] = None,
+    aot_seconds: Annotated[float | None, _flag(_ahead, "Measured so long for each batch size (3).")] = None,
+    aot_peers: Annotated[
+        bool | None, _flag(_ahead, "Also run torch.compile (default on).", "--aot-peers/--no-aot-peers")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of prompts, arrivals and sampling.")] = None,
     dtype: engine.Dtype = None,
     quantization: engine.Quantization = None,
@@ -145,6 +160,7 @@ def bench(
     preemption: engine.Preemption = None,
     scheduling_policy: engine.SchedulingPolicy = None,
     enable_prefix_caching: engine.PrefixCaching = None,
+    enforce_eager: engine.EnforceEager = None,
     num_threads: engine.NumThreads = None,
     spec: engine.Spec = None,
     proposer: engine.Proposer = None,
@@ -174,6 +190,8 @@ def bench(
       llmtool bench --spec auto,off,3 --request-rate 1,2,4   # what speculation brings, and why
 
       llmtool bench llama-3.1-8b --simulate --device h100 --spec auto,off,3 --request-rate 1,20 --acceptance 0.7
+
+      llmtool bench --aot inception --aot-batch 1,8 --html inception.html
     """
     flags: dict[str, Any] = dict(locals())
     from llmtool.cli import bench_run
@@ -188,6 +206,13 @@ def bench(
         with _document_shown(output):
             bench_run.show_file(show, output, html)
         return
+    if aot is not None:
+        from llmtool.cli import bench_aot
+
+        bench_run.check_writable(output_file, html)
+        bench_aot.bench_aot(flags, output)
+        return
+    refuse_aot(flags)
     if perplexity:
         measure_perplexity(flags, [*([model] if model else []), *(files or [])], config, output)
         return
@@ -237,6 +262,14 @@ def measure_perplexity(
         return
     bench_run.check_writable(flags["output_file"])
     bench_perplexity.bench_perplexity(engine_config, baseline, settings, text, output, flags["output_file"])
+
+
+def refuse_aot(flags: Mapping[str, Any]) -> None:
+    """UsageError for flags that need --aot."""
+    given = [n for n in ("aot_batch", "aot_seconds", "aot_peers") if flags.get(n) is not None]
+    if given:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise UsageError(f"{names} goes with --aot.", "Add it, or leave it out.")
 
 
 def refuse_perplexity(flags: Mapping[str, Any]) -> None:

@@ -220,6 +220,7 @@ _MEMORY = {
     "weights": "weights",
     "kv_cache": "KV pages",
     "kv_peak": "KV pages, most in use",
+    "aot_arena": "captured steps",
     "rss": "engine RSS",
 }
 

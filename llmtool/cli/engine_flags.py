@@ -55,6 +55,10 @@ PrefixCaching = Annotated[
         "--enable-prefix-caching/--no-enable-prefix-caching", "Share KV pages of equal prefixes (default on)."
     ),
 ]
+EnforceEager = Annotated[
+    bool | None,
+    _option("--enforce-eager/--no-enforce-eager", "Capture no steps ahead of time on a GPU (default off)."),
+]
 NumThreads = Annotated[int | None, _option("--num-threads", "CPU threads for the model.")]
 Spec = Annotated[
     str | None,

@@ -77,6 +77,7 @@ def serve(
     preemption: engine.Preemption = None,
     scheduling_policy: engine.SchedulingPolicy = None,
     enable_prefix_caching: engine.PrefixCaching = None,
+    enforce_eager: engine.EnforceEager = None,
     num_threads: engine.NumThreads = None,
     seed: Annotated[int | None, typer.Option(help="Of requests that bring none.")] = None,
     spec: engine.Spec = None,

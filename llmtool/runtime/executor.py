@@ -25,6 +25,7 @@ from llmtool.models.kv_scales import checked
 from llmtool.models.loader import load
 from llmtool.models.resolve import resolve
 from llmtool.models.tokenizer import Tokenizer
+from llmtool.runtime.aot.steps import MAX_TOKENS, Capture, CudaCapture, StepGraphs
 from llmtool.runtime.batch import Ints, SequenceTable, StepInputs
 from llmtool.runtime.budget import activation_bytes, kv_budget
 from llmtool.runtime.device import (
@@ -61,7 +62,8 @@ class TorchExecutor:
     """Runs steps on a `Decoder` over a `KVStore`.
 
     max_num_seqs, max_model_len: sizes of the persistent state. eos_token_ids: what min_tokens holds back.
-    grammars: makes the grammar compiler when the first sequence needs it; None refuses grammars. What a sequence
+    grammars: makes the grammar compiler when the first sequence needs it; None refuses grammars. capture: of steps
+    ahead of time; None runs all of them eagerly. What a sequence
     does wrong (bad token ids, a grammar that fails, NaN logits) ends that sequence, with an entry in
     StepResult.errors, and nothing else.
     """
@@ -76,12 +78,20 @@ class TorchExecutor:
         max_model_len: int,
         eos_token_ids: Sequence[int],
         grammars: Callable[[], GrammarCompiler] | None = None,
+        capture: Capture | None = None,
     ) -> None:
         self.model = model
         self.store = store
         self._sequences = SequenceTable([store.group], max_num_seqs, max_model_len)
         self._sampling = SamplingRows(max_num_seqs, model.spec.vocab_size, eos_token_ids, model.device)
         self._layers = {layer: (layout, 0) for layer, layout in store.layouts().items()}
+        widths = [store.group.pages(max_model_len)]
+        graphs = (
+            None
+            if capture is None
+            else StepGraphs(model, store.arena, self._layers, widths, max_num_seqs, capture)
+        )
+        self._graphs = graphs
         self._make_compiler = grammars
         self._compiler: GrammarCompiler | None = None
         self._matchers: dict[int, LLMatcher] = {}  # row -> its grammar's state
@@ -189,8 +199,11 @@ class TorchExecutor:
     def _execute(self, scheduled: list[ScheduledRequest], outcome: _Outcome) -> None:
         rows = self._sequences.apply(scheduled)
         inputs = self._sequences.inputs(scheduled, rows, self.model.device)
-        kv = KVContext(self.store.arena, self._layers, inputs.batches)
-        hidden = self.model.forward(inputs.input_ids, inputs.positions, kv)  # [N, hidden]
+        if self._graphs is not None:
+            hidden = self._graphs.forward(inputs)  # [N, hidden]
+        else:
+            kv = KVContext(self.store.arena, self._layers, inputs.batches)
+            hidden = self.model.forward(inputs.input_ids, inputs.positions, kv)  # [N, hidden]
         if self._prompt_logprobs:
             self._score_prompts(scheduled, inputs, hidden, outcome)
         which = np.flatnonzero([e.sample and e.id not in outcome.errors for e in scheduled])
@@ -330,6 +343,11 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     limits = config.scheduler(1)
     activations = activation_bytes(spec, dtype.itemsize, limits.max_num_batched_tokens, limits.max_num_seqs)
     memory, on_cpu = device_memory(device), device.type == "cpu"
+    # On a CPU a step is one call into a list of operations already (llmtool/models/cpu_decoder.py).
+    captures = device.type == "cuda" and not config.enforce_eager
+    captured = min(MAX_TOKENS, limits.max_num_batched_tokens) if captures else 0
+    aot_bytes = activation_bytes(spec, dtype.itemsize, captured, 0) if captures else 0
+    activations += aot_bytes
     budget = kv_budget(config, group, spec.max_positions, memory, activations, on_cpu, host_memory().free)
     # Most config.json name the end of sequence; without it, only the tokenizer knows.
     eos = spec.eos_ids or tuple(i for i in [Tokenizer.from_dir(tokenizer_dir).eos_id] if i is not None)
@@ -340,11 +358,14 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
 
     scales = None if kv_dtype is None else checked(model.kv_scales)
     store = KVStore(group, budget.num_pages, budget.host_pages, device, kv_dtype, scales)
-    executor = TorchExecutor(model, store, config.max_num_seqs, budget.max_model_len, eos, grammars)
+    capture = CudaCapture(device) if captures else None
+    executor = TorchExecutor(model, store, config.max_num_seqs, budget.max_model_len, eos, grammars, capture)
     progress("Warming up", 1.0)
     executor.warmup()
     scheduler = config.scheduler(budget.max_model_len)
-    info = _describe(config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads)
+    info = _describe(
+        config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads, aot_bytes
+    )
     return EngineParts(
         executor,
         group,
@@ -365,6 +386,7 @@ def _describe(
     eos_token_ids: tuple[int, ...],
     activations: int,
     num_threads: int,
+    aot_bytes: int,
 ) -> EngineInfo:
     model, store = executor.model, executor.store
     return EngineInfo(
@@ -388,6 +410,7 @@ def _describe(
         activation_bytes=activations,
         num_threads=num_threads,
         kv_cache_dtype=str(store.dtype or model.dtype).removeprefix("torch."),
+        aot_bytes=aot_bytes,
     )
 
 

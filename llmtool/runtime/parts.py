@@ -39,7 +39,8 @@ class PoolingInfo:
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Facts of a running engine. Sizes in bytes; load_seconds: from start to ready. pooling: of an encoder, None
-    for what generates. kv_cache_dtype: of keys and values in their pages; "" where nothing is cached."""
+    for what generates. kv_cache_dtype: of keys and values in their pages; "" where nothing is cached.
+    aot_bytes: set aside for steps captured ahead of time."""
 
     model: str
     served_model_name: str
@@ -64,6 +65,7 @@ class EngineInfo:
     pid: int = 0
     pooling: PoolingInfo | None = None
     kv_cache_dtype: str = ""
+    aot_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -79,11 +81,15 @@ class Sizes(Protocol):
     def num_pages(self) -> int: ...
     @property
     def page_bytes(self) -> int: ...
+    @property
+    def aot_bytes(self) -> int: ...
 
 
 def memory_bytes(info: Sizes, stats: EngineStats) -> dict[str, int]:
-    """By use: weights; KV pages in all, and the most in use at once; resident memory of the engine's process."""
-    return {
+    """By use: weights; KV pages in all, and the most in use at once; steps captured ahead of time, where
+    there are any; resident memory of the engine's process."""
+    captured = {"aot_arena": info.aot_bytes} if info.aot_bytes else {}
+    return captured | {
         "weights": info.weight_bytes,
         "kv_cache": info.num_pages * info.page_bytes,
         "kv_peak": stats.pages_peak * info.page_bytes,

@@ -48,7 +48,7 @@ class Engine:
         self.aborts = self.open = 0
         self.refuse: Exception | None = None
         self.stats = EngineStats(pages_peak=3, rss_bytes=1000)
-        self.info = SimpleNamespace(weight_bytes=100, num_pages=10, page_bytes=512)
+        self.info = SimpleNamespace(weight_bytes=100, num_pages=10, page_bytes=512, aot_bytes=0)
 
     async def add(
         self,

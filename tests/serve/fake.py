@@ -70,6 +70,7 @@ class Info:
     max_waiting: int = 1024
     num_pages: int = 100
     page_bytes: int = 1024
+    aot_bytes: int = 0
     weight_bytes: int = 5000
     eos_token_ids: tuple[int, ...] = (2,)
     pooling: PoolingInfo | None = None
