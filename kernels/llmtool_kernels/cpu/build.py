@@ -27,7 +27,8 @@ FLAGS = (
 # code, to test what surrounds it.
 VARIANTS = {"native": (), "portable": ("-DLLMTOOL_PORTABLE",), "emulated": ("-DLLMTOOL_AMX_EMULATED",)}
 COMPILERS = ("c++", "g++", "clang++")
-# For this machine's processor, the first that the compiler knows: clang on Arm and compilers for POWER take the second.
+# For this machine's processor, the first that the compiler knows: clang on Arm and compilers for POWER want the
+# second.
 NATIVE = ("-march=native", "-mcpu=native")
 
 

@@ -93,7 +93,7 @@ def test_a_compiler_may_say_what_is_not_text(
         'printf "c++ \\351\\n"; case "$*" in *-c*) printf "x.cpp: error: \\351t\\351\\n" >&2; exit 1;; esac'
     )
     monkeypatch.setenv("CXX", script(tmp_path / "c++", says))
-    with pytest.raises(BuildError, match="failed: x.cpp: error: .t."):
+    with pytest.raises(BuildError, match=r"failed: x\.cpp: error: .t."):
         build()
 
 
