@@ -173,7 +173,7 @@ def paged_attention(
         write_kv_on_device(k, v, arena, layout, batch)
         shared = value_dim if v is None else None
         return read_pages(q, arena, layout, batch, scale, window, softcap, sinks, shared)
-    if q.device.type == "cpu" and batch.tree is None and layout.dtype is None:
+    if q.device.type == "cpu" and layout.dtype is None:
         from llmtool_kernels.cpu.attention import kernels_for, paged_attention_cpu  # which import this module
 
         native = kernels_for(q, k, v)
