@@ -29,7 +29,9 @@ _IMAGE_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 @dataclass(frozen=True, slots=True)
 class Slot:
     """A view of the weights that a tensor fills, or views of one shape that lie behind each other in the file.
-    shape: of the tensor in the file, where it is not the views'; convert: makes a view from it, or from its part."""
+
+    shape: of the tensor in the file, where it is not the views'; convert: makes a view from it, or from its part.
+    """
 
     target: Tensor | Sequence[Tensor]
     convert: Convert | None = None

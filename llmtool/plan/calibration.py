@@ -44,7 +44,7 @@ def calibrate(base: EngineProfile, observations: Sequence[Observation], freedom:
 
 
 def path() -> Path:
-    """Where calibrations are kept: in $LLMTOOL_CACHE, else in ~/.cache/llmtool. Raises UsageError without either."""
+    """Where calibrations are kept: $LLMTOOL_CACHE, else ~/.cache/llmtool. Raises UsageError without either."""
     try:
         return Path(os.environ.get("LLMTOOL_CACHE") or "~/.cache/llmtool").expanduser() / _FILE
     except RuntimeError:

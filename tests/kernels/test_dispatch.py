@@ -8,26 +8,32 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from llmtool_kernels import dispatch
 
 
 @pytest.fixture
-def on_cuda() -> Iterator[Any]:
+def on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """As much of a CUDA tensor as a choice looks at."""
-    dispatch._has_triton.cache_clear()
-    yield SimpleNamespace(is_cuda=True)
-    dispatch._has_triton.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    dispatch._runs_triton.cache_clear()
+    yield SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0))
+    dispatch._runs_triton.cache_clear()
 
 
+@pytest.mark.parametrize("lacking", ["triton", "capability"])
 def test_a_gpu_without_triton_is_said_once_and_torch_serves(
-    on_cuda: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    on_cuda: Any, lacking: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
+    if lacking == "triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+    else:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     with caplog.at_level(logging.WARNING):
         assert not dispatch.on_gpu(on_cuda)
         assert not dispatch.on_gpu(on_cuda)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "triton" in caplog.text and "PyTorch" in caplog.text
+    assert lacking in caplog.text and "PyTorch" in caplog.text
 
 
 def test_a_gpu_with_triton_runs_its_kernels(on_cuda: Any) -> None:

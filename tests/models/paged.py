@@ -53,8 +53,10 @@ class PagedSequences:
 
     @torch.inference_mode()
     def step(self, chunks: dict[str, Sequence[int]], tree: Sequence[int] | None = None) -> list[torch.Tensor]:
-        """One step for all of `chunks`; per sequence the logits [tokens, vocab] of its chunk. tree: AttentionBatch's,
-        of tokens that then stand at their depth."""
+        """One step for all of `chunks`; per sequence the logits [tokens, vocab] of its chunk.
+
+        tree: AttentionBatch's, of tokens that then stand at their depth.
+        """
         positions: list[int] = []
         for name, ids in chunks.items():
             start = self.lengths.get(name, 0)

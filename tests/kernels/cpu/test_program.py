@@ -12,6 +12,7 @@ from llmtool_kernels.cpu import abi
 from llmtool_kernels.cpu.attention import arrangement
 from llmtool_kernels.cpu.native import Native
 from llmtool_kernels.cpu.program import Program, StepState
+
 from tests.kernels.gpu.pages import random_tree
 
 HEADS, KV_HEADS, EPS, SCALE = 6, 2, 1e-5, 0.2
