@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from llmtool_kernels.attention import AttentionBatch
-from measure import RESULTS, Budget, attempt, copy_bandwidth, reason, save, synchronized, table
+from measure import RESULTS, Budget, attempt, captured, copy_bandwidth, reason, save, synchronized, table
 
 from llmtool.config import SchedulerConfig
 from llmtool.core.engine import Engine
@@ -194,15 +194,7 @@ class GraphDecoder:
 
             self._step = step
             return
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._forward()
-        self._step = graph.replay
+        self._step = captured(self._forward).replay
         self._work = [work for works in self.batch._plans.values() for work in works]
 
     def _forward(self) -> None:

@@ -47,16 +47,7 @@ def median_seconds(runs: Sequence[Run], device: torch.device, repeats: int = 20)
         for run in runs:
             run()
         return (time.perf_counter() - started) / len(runs)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles and plans, which a capture must not
-        for run in runs:
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for run in runs:
-            run()
+    graph = captured(lambda: [run() for run in runs])
     for _ in range(3):
         graph.replay()
     times = []
@@ -68,6 +59,19 @@ def median_seconds(runs: Sequence[Run], device: torch.device, repeats: int = 20)
         torch.cuda.synchronize()
         times.append(begin.elapsed_time(end) * 1e-3)
     return statistics.median(times) / len(runs)
+
+
+def captured(run: Run) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of what `run` launches."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles and plans, which a capture must not
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
 
 
 def copy_bandwidth(device: torch.device, nbytes: int) -> float:

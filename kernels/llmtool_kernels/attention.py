@@ -167,13 +167,14 @@ def paged_attention(
     All new KV is written before any is read: a sequence may read pages that another fills in this step.
     """
     if dispatch.on_gpu(q):
-        from llmtool_kernels.gpu.attention import read_pages
+        from llmtool_kernels.gpu.attention import read_pages, runs
         from llmtool_kernels.gpu.qkv import write_kv as write_kv_on_device
 
-        write_kv_on_device(k, v, arena, layout, batch)
-        shared = value_dim if v is None else None
-        return read_pages(q, arena, layout, batch, scale, window, softcap, sinks, shared)
-    if q.device.type == "cpu" and batch.tree is None and layout.dtype is None:
+        if runs(q, layout):
+            write_kv_on_device(k, v, arena, layout, batch)
+            shared = value_dim if v is None else None
+            return read_pages(q, arena, layout, batch, scale, window, softcap, sinks, shared)
+    if q.device.type == "cpu" and layout.dtype is None:
         from llmtool_kernels.cpu.attention import kernels_for, paged_attention_cpu  # which import this module
 
         native = kernels_for(q, k, v)

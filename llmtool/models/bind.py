@@ -124,7 +124,8 @@ def _attention(w: AttentionWeights | LatentAttentionWeights, binder: Binder) -> 
     if isinstance(w, AttentionWeights):
         w.qkv = binder(w.qkv, w.qkv_bias)
         return
-    w.q, w.kv_down = binder(w.q), binder(w.kv_down, w.kv_down_bias)
+    w.q = binder(w.q)
+    w.kv_down = binder(w.kv_down, w.kv_down_bias)
     if w.q_down is not None:
         w.q_down = binder(w.q_down, w.q_down_bias)
 
@@ -135,11 +136,8 @@ def _dense(w: DenseWeights, binder: Binder, gate: GateSpec) -> None:
 
 
 def _experts(w: ExpertWeights, binder: Binder, gate: GateSpec) -> None:
-    experts = range(len(w.gate_up))
-    gate_up_bias, down_bias = w.gate_up_bias, w.down_bias
-    w.gate_up = [
-        binder(w.gate_up[e], None if gate_up_bias is None else gate_up_bias[e], gate) for e in experts
-    ]
-    w.down = [binder(w.down[e], None if down_bias is None else down_bias[e]) for e in experts]
+    for e in range(len(w.gate_up)):
+        w.gate_up[e] = binder(w.gate_up[e], None if w.gate_up_bias is None else w.gate_up_bias[e], gate)
+        w.down[e] = binder(w.down[e], None if w.down_bias is None else w.down_bias[e])
     if w.shared is not None:
         _dense(w.shared, binder, gate)

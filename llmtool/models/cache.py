@@ -15,8 +15,14 @@ Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def cache_dir() -> Path:
-    """LLMTOOL_CACHE, or ~/.cache/llmtool."""
-    return Path(os.environ.get("LLMTOOL_CACHE") or "~/.cache/llmtool").expanduser()
+    """LLMTOOL_CACHE, or ~/.cache/llmtool. Raises ModelError for a user without a home."""
+    try:
+        return Path(os.environ.get("LLMTOOL_CACHE") or "~/.cache/llmtool").expanduser()
+    except RuntimeError:
+        raise ModelError(
+            "There is no home directory to keep converted models in.",
+            "Set LLMTOOL_CACHE to a directory that can be written.",
+        ) from None
 
 
 def entry(kind: str, name: str, files: Iterable[Path], version: int) -> Path:

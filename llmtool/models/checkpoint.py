@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,19 +28,34 @@ _IMAGE_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A view of the weights that a tensor fills. shape: of the tensor in the file, where it is not the view's;
-    convert: makes the one from the other."""
+    """A view of the weights that a tensor fills, or views of one shape that lie behind each other in the file.
 
-    target: Tensor
+    shape: of the tensor in the file, where it is not the views'; convert: makes a view from it, or from its part.
+    """
+
+    target: Tensor | Sequence[Tensor]
     convert: Convert | None = None
     shape: tuple[int, ...] | None = None
 
     @property
     def file_shape(self) -> tuple[int, ...]:
-        return tuple(self.target.shape) if self.shape is None else self.shape
+        if self.shape is not None:
+            return self.shape
+        target = self.target
+        return tuple(target.shape) if isinstance(target, Tensor) else (len(target), *target[0].shape)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(view.nbytes for view in self._views)
 
     def fill(self, tensor: Tensor) -> None:
-        self.target.copy_(tensor if self.convert is None else self.convert(tensor))
+        parts = [tensor] if isinstance(self.target, Tensor) else tensor
+        for view, part in zip(self._views, parts, strict=True):
+            view.copy_(part if self.convert is None else self.convert(part))
+
+    @property
+    def _views(self) -> Sequence[Tensor]:
+        return [self.target] if isinstance(self.target, Tensor) else self.target
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,21 +211,21 @@ def _dense(w: DenseWeights, prefix: str, names: ExpertNames, fused: bool = False
 
 def _gpt_oss(w: ExpertWeights) -> dict[str, Slot]:
     """All experts in one tensor, [in, out], the columns of gate and up alternating."""
-    assert isinstance(w.gate_up, Tensor) and isinstance(w.down, Tensor)
-    experts, rows, hidden = w.gate_up.shape
+    gate_up, down = ([as_tensor(expert) for expert in matrices] for matrices in (w.gate_up, w.down))
+    experts, (rows, hidden) = len(gate_up), gate_up[0].shape
     assert w.router_bias is not None and w.gate_up_bias is not None and w.down_bias is not None
     return {
         "mlp.router.weight": Slot(w.router),
         "mlp.router.bias": Slot(w.router_bias),
         "mlp.experts.gate_up_proj": Slot(
-            w.gate_up,
-            lambda t: torch.cat((t[..., ::2], t[..., 1::2]), -1).transpose(1, 2),
+            gate_up,
+            lambda t: torch.cat((t[:, ::2], t[:, 1::2]), 1).T,
             (experts, hidden, rows),
         ),
         "mlp.experts.gate_up_proj_bias": Slot(
             w.gate_up_bias, lambda t: torch.cat((t[:, ::2], t[:, 1::2]), -1)
         ),
-        "mlp.experts.down_proj": Slot(w.down, lambda t: t.transpose(1, 2), (experts, rows // 2, hidden)),
+        "mlp.experts.down_proj": Slot(down, lambda t: t.T, (experts, rows // 2, hidden)),
         "mlp.experts.down_proj_bias": Slot(w.down_bias),
     }
 

@@ -72,13 +72,16 @@ class CpuDecoder:
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self.dtype).item()
         ropes = spec.ropes
         self._ropes = [RotaryEmbedding(rope, self.device, max_length or spec.max_positions) for rope in ropes]
+        windows = (layer.window for layer in spec.layers if layer.window is not None)
+        self._shortest_window = min(windows, default=None)
         self._capacity = 0
         self._places: Mapping[int, LayerPlace] | None = None
         self._parts: list[Part] = []
         self._out = torch.empty(0)
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
-        assert all(batch.tree is None for batch in kv.batches), "no operation masks by a tree"
+        for batch in kv.batches:
+            batch.check_window(self._shortest_window)
         n = len(input_ids)
         self._prepare(n, kv.layers)
         rotations = [rope(positions) for rope in self._ropes]

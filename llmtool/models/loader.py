@@ -134,7 +134,7 @@ def fill_slots(
 ) -> None:
     """Fill every slot from the directory's safetensors files. canonical: a slot's name of a tensor's; ignored:
     whether a tensor without a slot, by that name, may be left out. Raises ModelError as `load`."""
-    total = sum(slot.target.numel() * slot.target.element_size() for slot in wanted.values())
+    total = sum(slot.nbytes for slot in wanted.values())
     unexpected, wrong, done = [], [], 0
     progress(0, total)
     for stored_name, tensor in plain_tensors(_tensors(weight_files(directory))):
@@ -149,7 +149,7 @@ def fill_slots(
             )
         else:
             slot.fill(tensor)
-            done += slot.target.numel() * slot.target.element_size()
+            done += slot.nbytes
             progress(done, total)
     problems = [
         f"{what}: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}"

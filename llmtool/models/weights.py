@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Protocol
 
@@ -80,8 +80,8 @@ class ExpertWeights:
     """router and correction are float32: a rounded score may choose another expert."""
 
     router: Tensor  # [E, hidden]
-    gate_up: Tensor | Sequence[Matrix]  # [E, 2 * inner, hidden]
-    down: Tensor | Sequence[Matrix]  # [E, hidden, inner]
+    gate_up: list[Matrix]  # E of [2 * inner, hidden], each in memory of its own, which goes when it is bound
+    down: list[Matrix]  # E of [hidden, inner]
     router_bias: Tensor | None = None  # [E]
     correction: Tensor | None = None  # [E]
     gate_up_bias: Tensor | None = None  # [E, 2 * inner]
@@ -243,8 +243,8 @@ def _experts(new: _Allocator, moe: MoESpec, hidden: int) -> ExpertWeights:
     experts, inner = moe.router.num_experts, moe.intermediate_size
     return ExpertWeights(
         router=new.float(experts, hidden),
-        gate_up=new(experts, 2 * inner, hidden),
-        down=new(experts, hidden, inner),
+        gate_up=[new(2 * inner, hidden) for _ in range(experts)],
+        down=[new(hidden, inner) for _ in range(experts)],
         router_bias=new.float(experts) if moe.router.bias else None,
         correction=new.float(experts) if moe.router.correction else None,
         gate_up_bias=new(experts, 2 * inner) if moe.bias else None,

@@ -41,8 +41,8 @@ class Family:
 
     norm_before, norm_after, norm_offset: see NormSpec. bias: the field that says whether q, k, v and o have biases;
     qkv_bias and o_bias overrule it. latent: attention is DeepSeek's. types: full or sliding attention, per layer.
-    ropes: the rotary embedding of each of these types; rotated: per layer, whether it has one. mlps: per layer.
-    refused: fields that must not be set.
+    ropes: the rotary embedding of each of these types; partial: it may turn a part of a head; rotated: per layer,
+    whether it has one. mlps: per layer. refused: fields that must not be set.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Family:
     latent: bool = False
     types: Callable[[Config, int], Sequence[str]] = lambda config, layers: [FULL] * layers
     ropes: Callable[[Config, int], Mapping[str, RopeSpec]] = read_ropes
+    partial: bool = False
     rotated: Callable[[Config, int], Sequence[int]] = lambda config, layers: [1] * layers
     mlps: Callable[[Config, int], Sequence[MlpSpec]] = dense
     scales: Callable[[Config, RopeSpec], Scales] = lambda config, rope: Scales()
@@ -234,6 +235,7 @@ FAMILIES: dict[str, Family] = {
         },
         qkv_bias=False,
         o_bias=False,
+        partial=True,
         types=_all_slide,
     ),
     "Olmo2ForCausalLM": Family(

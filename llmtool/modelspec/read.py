@@ -49,6 +49,13 @@ def _read(config: Config, architecture: str, family: Family, generation: Mapping
     latent = _latent(config) if family.latent else None
     head_dim = 0 if latent else config.count("head_dim", _per_head(config))
     ropes = family.ropes(config, latent.rope_dim if latent else head_dim)
+    whole = latent.rope_dim if latent else head_dim
+    if not family.partial and any(rope.dim != whole for rope in ropes.values()):
+        raise ModelError(
+            f"config.json: partial_rotary_factor turns {ropes[FULL].dim} of {whole} dimensions, and {family.name} "
+            "models turn them all.",
+            "Take it out of config.json if the model was trained without it.",
+        )
     scales = family.scales(config, ropes[FULL])
     window = config.optional_count("sliding_window") if SLIDING in types else None
     rotated, mlps = family.rotated(config, layers), family.mlps(config, layers)

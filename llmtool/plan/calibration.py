@@ -44,9 +44,13 @@ def calibrate(base: EngineProfile, observations: Sequence[Observation], freedom:
 
 
 def path() -> Path:
-    """Where calibrations are kept: in $LLMTOOL_CACHE, else in ~/.cache/llmtool."""
-    root = os.environ.get("LLMTOOL_CACHE")
-    return (Path(root) if root else Path.home() / ".cache" / "llmtool") / _FILE
+    """Where calibrations are kept: $LLMTOOL_CACHE, else ~/.cache/llmtool. Raises UsageError without either."""
+    try:
+        return Path(os.environ.get("LLMTOOL_CACHE") or "~/.cache/llmtool").expanduser() / _FILE
+    except RuntimeError:
+        raise UsageError(
+            "There is no home directory to keep calibrations in.", "Set LLMTOOL_CACHE to a directory."
+        ) from None
 
 
 def engine_for(device: str, name: str, file: Path | None = None) -> tuple[EngineProfile, bool]:

@@ -4,6 +4,7 @@ is put together from settings (`build_pooling`)."""
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ class EncoderExecutor:
         hidden = model.forward(
             torch.from_numpy(ids).to(device),
             torch.from_numpy(positions).to(device),
-            _token_types(requests, lengths, positions, device),
+            _token_types(requests, lengths, positions, device) if model.spec.token_types > 1 else None,
             attention_groups(lengths.tolist(), device),
         )  # [N, hidden]
         sizes = torch.from_numpy(lengths).to(device)
@@ -105,12 +106,7 @@ def _token_types(
 
 def build_pooling(config: EngineConfig, directory: Path, progress: Progress) -> PoolingParts:
     """Load the encoder in `directory` and warm up. Raises ModelError, UsageError."""
-    if config.step_log is not None:
-        raise UsageError("Steps of an encoder are not recorded.", "Leave out --step-log.")
-    if config.quantization is not None:
-        raise UsageError("Weights of an encoder are not quantized.", "Leave out --quantization.")
-    if config.kv_cache_dtype != "auto":
-        raise UsageError("An encoder caches no keys and values.", "Leave out --kv-cache-dtype.")
+    _check_flags(config)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     num_threads = set_threads(config.num_threads)
@@ -158,6 +154,29 @@ def build_pooling(config: EngineConfig, directory: Path, progress: Progress) -> 
             pooling=_describe(spec, pooling),
         ),
     )
+
+
+_NO_CACHE = "An encoder caches no keys and values"
+# Settings that change nothing here -> why, and their flags.
+_WITHOUT_EFFECT = {
+    "step_log": ("Steps of an encoder are not recorded", "--step-log"),
+    "quantization": ("Weights of an encoder are not quantized", "--quantization"),
+    "kv_cache_dtype": (_NO_CACHE, "--kv-cache-dtype"),
+    "block_size": (_NO_CACHE, "--block-size"),
+    "kv_cache_memory_bytes": (_NO_CACHE, "--kv-cache-memory"),
+    "gpu_memory_utilization": (_NO_CACHE, "--gpu-memory-utilization"),
+    "swap_space_bytes": (_NO_CACHE, "--swap-space"),
+    "preemption": ("An encoder runs each input whole and preempts none", "--preemption"),
+}
+
+
+def _check_flags(config: EngineConfig) -> None:
+    """Raises UsageError for a setting that was changed and would be ignored."""
+    for setting in fields(EngineConfig):
+        value = getattr(config, setting.name)
+        if setting.name in _WITHOUT_EFFECT and value != setting.default:
+            why, flag = _WITHOUT_EFFECT[setting.name]
+            raise UsageError(f"{why}, so {setting.name} cannot be {value!r}.", f"Leave out {flag}.")
 
 
 def activation_bytes(spec: EncoderSpec, dtype_bytes: int, max_num_batched_tokens: int) -> int:

@@ -123,6 +123,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("SmolLM3Config", {"no_rope_layer_interval": 2}),
     "mixtral": ("MixtralConfig", {"num_local_experts": 5, "num_experts_per_tok": 2}),
+    "mixtral-window": (
+        "MixtralConfig",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 6, "tie_word_embeddings": True},
+    ),
     "qwen2-moe": (
         "Qwen2MoeConfig",
         {**EXPERTS, "shared_expert_intermediate_size": 20, "mlp_only_layers": [1]},
@@ -130,6 +134,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-moe": (
         "Qwen3MoeConfig",
         {**EXPERTS, "head_dim": 16, "norm_topk_prob": True, "decoder_sparse_step": 2},
+    ),
+    "qwen3-moe-window": (
+        "Qwen3MoeConfig",
+        {**EXPERTS, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     ),
     "gpt-oss": (
         "GptOssConfig",

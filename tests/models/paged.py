@@ -52,13 +52,20 @@ class PagedSequences:
         self.lengths: dict[str, int] = {}
 
     @torch.inference_mode()
-    def step(self, chunks: dict[str, Sequence[int]]) -> list[torch.Tensor]:
-        """One step for all of `chunks`; per sequence the logits [tokens, vocab] of its chunk."""
+    def step(self, chunks: dict[str, Sequence[int]], tree: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """One step for all of `chunks`; per sequence the logits [tokens, vocab] of its chunk.
+
+        tree: AttentionBatch's, of tokens that then stand at their depth.
+        """
         positions: list[int] = []
         for name, ids in chunks.items():
             start = self.lengths.get(name, 0)
             self.lengths[name] = start + len(ids)
-            positions += range(start, start + len(ids))
+            if tree is None:
+                positions += range(start, start + len(ids))
+            else:
+                nodes = tree[len(positions) : len(positions) + len(ids)]
+                positions += [start + bits.bit_count() - 1 for bits in nodes]
             table = self.tables.setdefault(name, [])
             table += [self.free.pop() for _ in range(self.group.pages(start + len(ids)) - len(table))]
         query_lens = [len(ids) for ids in chunks.values()]
@@ -68,6 +75,7 @@ class PagedSequences:
             [self.tables[name] for name in chunks],
             self.group.tokens_per_page,
             self.model.device,
+            tree,
         )
         device = self.model.device
         input_ids = torch.tensor([i for ids in chunks.values() for i in ids], device=device)

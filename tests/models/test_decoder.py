@@ -55,6 +55,29 @@ def test_logits_token_by_token(pair: tuple[torch.Tensor, PagedSequences]) -> Non
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("family", ["llama-tiles", "gemma3", "gpt-oss", "deepseek-v3"])
+def test_logits_of_a_tree_are_those_of_its_branches(tiny: Tiny, family: str, cpu_kernels: str) -> None:
+    """Tiles, windows, sinks and latent attention: each node as if its branch had come alone."""
+    reference, directory = tiny(family)
+    ours = PagedSequences(
+        load(directory, torch.float32, max_length=len(PROMPT)), 16 if "tiles" in family else 4
+    )
+    prompt, drafts = PROMPT[:20], PROMPT[20:29]
+    parents = [-1, 0, 0, 1, 1, 2, 5, 3, 0]
+    branches: list[list[int]] = []
+    for node, parent in enumerate(parents):
+        branches.append([*(branches[parent] if parent >= 0 else []), node])
+    ours.step({"a": prompt, "b": PROMPT[:7]})
+    tree = [sum(1 << node for node in branch) for branch in branches]
+    logits, other = ours.step({"a": drafts, "b": PROMPT[7:9]}, [*tree, 1, 3])
+    with torch.inference_mode():
+        for node, branch in enumerate(branches):
+            expected = reference(torch.tensor([prompt + [drafts[i] for i in branch]])).logits[0, -1]
+            torch.testing.assert_close(logits[node], expected, atol=1e-4, rtol=0)
+        expected = reference(torch.tensor([PROMPT[:9]])).logits[0, -2:]
+        torch.testing.assert_close(other, expected, atol=1e-4, rtol=0)
+
+
 def test_logits_in_chunks_among_other_sequences(pair: tuple[torch.Tensor, PagedSequences]) -> None:
     """Two copies at different paces and a stranger in every step: none of them sees another."""
     expected, ours = pair

@@ -13,8 +13,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-from llmtool.errors import ModelError
+from llmtool.errors import ModelError, UsageError
 from llmtool.models import cache, resolve
+from llmtool.plan import calibration
 
 
 def test_a_directory_is_itself(tmp_path: Path) -> None:
@@ -30,6 +31,22 @@ def test_directories_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="2 GGUF files") as error:
         resolve.resolve(str(tmp_path))
     assert "a.gguf" in error.value.remedy
+
+
+def test_a_user_without_a_home_is_told_what_to_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless(path: Path) -> Path:
+        if path.parts[0] == "~":
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.delenv("LLMTOOL_CACHE", raising=False)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="no home directory") as error:
+        resolve.resolve(str(tmp_path))
+    assert "LLMTOOL_CACHE" in error.value.remedy
+    with pytest.raises(UsageError, match="no home directory"):
+        calibration.path()
 
 
 def test_names_of_nothing_list_what_can_be_given() -> None:

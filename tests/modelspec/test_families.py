@@ -155,6 +155,12 @@ def test_rotary_embeddings_of_long_contexts() -> None:
         (DEEPSEEK_V3, {"scoring_func": "softmax"}, r"scoring_func\) 'softmax' does not run"),
         (MIXTRAL_8X7B, {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, of 8 experts"),
         (SMOLLM3_3B, {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 36 integers"),
+        # transformers does not look at it, and others do: what the model was trained with cannot be known.
+        (
+            LLAMA_31_8B,
+            {"partial_rotary_factor": 0.5},
+            "turns 64 of 128 dimensions, and llama models turn them all",
+        ),
         (LLAMA_31_8B, {"quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
         (
             LLAMA_31_8B,

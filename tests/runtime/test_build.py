@@ -136,7 +136,7 @@ def test_a_cpu_refuses_keys_and_values_in_eight_bits(directory: Path) -> None:
 def test_an_engine_serves_from_keys_and_values_in_eight_bits(
     tiny: TinyModel, directory: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """On torch, as if this device had them: chunks, a page that is shared and pages that were swapped."""
+    """On torch, as if this device had them: chunks, pages that are shared and pages that were swapped."""
     monkeypatch.setattr(executor, "pick_kv_dtype", lambda chosen, _: KV_DTYPES.get(chosen))
     monkeypatch.setattr(loader, "kernels", lambda: None)
     settings: dict[str, Any] = {"kv_cache_dtype": name, "max_num_batched_tokens": 8}
@@ -153,6 +153,21 @@ def test_an_engine_serves_from_keys_and_values_in_eight_bits(
     behind = logprobs.max(-1).values - logprobs[range(len(tokens)), tokens]
     assert behind.max() < (1.0 if name == "fp8" else 2.0), behind
     assert behind.median() == 0
+    assert engine.stats.prefix_hits > 0
+    # With room for two of four: what was swapped comes back as it was.
+    room = {"kv_cache_memory_bytes": 10 * parts.group.page_bytes, "swap_space_bytes": 2**20}
+    tight = engine_of(build(directory, **settings, **room, max_model_len=48, preemption="swap")[0])
+    prompts = [prompt, *([p] * 20 for p in (7, 9, 11))]
+    alone = [answer(engine, p, params) for p in prompts]
+    for i, p in enumerate(prompts):
+        tight.add(str(i), p, params, seed=1)
+    together: dict[str, list[int]] = {}
+    while tight.has_work:
+        for output in tight.step():
+            assert output.error is None
+            together.setdefault(output.request_id, []).extend(output.token_ids)
+    assert [together[str(i)] for i in range(4)] == alone
+    assert tight.stats.swapped_pages > 0
 
 
 def test_scales_of_a_checkpoint_are_used(

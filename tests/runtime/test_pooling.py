@@ -94,6 +94,21 @@ def test_embeddings_equal_transformers(name: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(found[request, i], (row / row.norm()).numpy(), atol=1e-5)
 
 
+def test_the_second_text_of_a_pair_where_there_is_one_type(tmp_path: Path) -> None:
+    """A tokenizer may mark it where the model has a single row, as RoBERTa has: that row is then of both texts."""
+    reference = build_reference("roberta", "AutoModelForSequenceClassification", id2label={0: "score"})
+    reference.save_pretrained(tmp_path)
+    parts = parts_of(tmp_path)
+    engine = PoolingEngine(PoolingScheduler(parts.scheduler), parts.executor, RealClock())
+    inputs = random_inputs(3, longest=20)
+    engine.pool("a", inputs, segments=[len(ids) // 2 for ids in inputs])
+    for output in engine.step():
+        assert output.error is None
+        with torch.inference_mode():
+            logits = reference(torch.tensor([inputs[output.index]])).logits[0]
+        np.testing.assert_allclose(vector(output.vector), logits.sigmoid().numpy(), atol=1e-5)
+
+
 @pytest.mark.parametrize("problem", ["single_label_classification", "multi_label_classification"])
 def test_probabilities_equal_transformers(problem: str, tmp_path: Path) -> None:
     reference = classifier("bert", problem_type=problem)
@@ -142,10 +157,28 @@ def test_limits_of_settings(tmp_path: Path) -> None:
         parts_of(tmp_path, max_model_len=199)
     with pytest.raises(UsageError, match="whole sequence of 198 tokens"):
         parts_of(tmp_path, max_model_len=198, max_num_batched_tokens=100)
-    with pytest.raises(UsageError, match="step-log"):
-        parts_of(tmp_path, step_log=str(tmp_path / "steps"))
-    with pytest.raises(UsageError, match="--quantization"):
-        parts_of(tmp_path, quantization="int8")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "flag"),
+    [
+        ("step_log", "steps.jsonl", "--step-log"),
+        ("quantization", "int8", "--quantization"),
+        ("kv_cache_dtype", "fp8", "--kv-cache-dtype"),
+        ("block_size", 32, "--block-size"),
+        ("kv_cache_memory_bytes", 2**30, "--kv-cache-memory"),
+        ("gpu_memory_utilization", 0.5, "--gpu-memory-utilization"),
+        ("swap_space_bytes", 2**30, "--swap-space"),
+        ("preemption", "swap", "--preemption"),
+    ],
+)
+def test_settings_that_an_encoder_would_ignore_are_refused(
+    setting: str, value: object, flag: str, tmp_path: Path
+) -> None:
+    build_reference("bert").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=setting) as error:
+        parts_of(tmp_path, **{setting: value})
+    assert error.value.remedy == f"Leave out {flag}."
 
 
 def test_a_sequence_that_fails_ends_alone(tmp_path: Path) -> None:

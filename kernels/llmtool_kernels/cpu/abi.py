@@ -7,12 +7,12 @@ from ctypes import Structure, Union, c_double, c_int64, c_void_p
 
 F32, BF16 = 0, 1  # Element
 PANEL_F32, PANEL_BF16, PANEL_INT8, PANEL_INT4 = range(4)  # Format
-ROWS_ALL, ROWS_SELECTED = -1, -2  # Rows
+ROWS_ALL = -1
 STORE, ADD, GATED = range(3)  # Epilogue
 SILU, GELU_TANH, GELU, CLAMPED = range(4)  # GateKind
 ROWS, TILES = range(2)  # Arrangement
 QK_NORM_NONE, QK_NORM_HEAD, QK_NORM_ALL = range(3)  # QkNorm
-EMBED, SELECT, RMS_NORM, LINEAR, JOIN_GATE, WRITE_KV, QKV_POST, ATTENTION = range(8)  # Kind
+EMBED, RMS_NORM, LINEAR, WRITE_KV, QKV_POST, ATTENTION = range(6)  # Kind
 
 
 def _fields(spec: str) -> list[tuple[str, type]]:
@@ -32,10 +32,6 @@ class Embed(Structure):
     _fields_ = [("table", Weight), *_fields("scale. *out out_stride")]
 
 
-class Select(Structure):
-    _fields_ = _fields("*in *out width")
-
-
 class RmsNorm(Structure):
     _fields_ = _fields("*x *weight *out x_stride x_type out_stride out_type width add eps. scale.")
 
@@ -50,10 +46,6 @@ class Linear(Structure):
         *_fields("*x *bias *out x_stride x_type out_stride out_type epilogue scale."),
         ("gate", Gate),
     ]
-
-
-class Gated(Structure):
-    _fields_ = [*_fields("*x *out x_stride out_stride width type"), ("gate", Gate)]
 
 
 class WriteKv(Structure):
@@ -77,10 +69,8 @@ class Attention(Structure):
 class Body(Union):
     _fields_ = [
         ("embed", Embed),
-        ("select", Select),
         ("rms_norm", RmsNorm),
         ("linear", Linear),
-        ("gated", Gated),
         ("write_kv", WriteKv),
         ("qkv_post", QkvPost),
         ("attention", Attention),
@@ -94,7 +84,7 @@ class Op(Structure):
 
 class Batch(Structure):
     _fields_ = _fields(
-        "num_seqs table_width *query_start *seq_lens *block_tables *token_units *token_slots *arena"
+        "num_seqs table_width *query_start *seq_lens *block_tables *token_units *token_slots *tree *arena"
     )
 
 
@@ -103,7 +93,7 @@ class Rope(Structure):
 
 
 class Step(Structure):
-    _fields_ = _fields("num_tokens num_selected *input_ids *select *batches *ropes")
+    _fields_ = _fields("num_tokens *input_ids *batches *ropes")
 
 
 def declare(library: ctypes.CDLL) -> None:

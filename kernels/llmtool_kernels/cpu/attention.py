@@ -25,6 +25,7 @@ def batch_struct(batch: AttentionBatch, arena: Tensor) -> abi.Batch:
         batch.block_tables.data_ptr(),
         batch.token_units.data_ptr(),
         batch.token_slots.data_ptr(),
+        None if batch.tree is None else batch.tree.data_ptr(),
         arena.data_ptr(),
     )
 
@@ -57,6 +58,7 @@ def paged_attention_cpu(
     value_dim: int | None = None,
 ) -> Tensor:
     """`llmtool_kernels.attention.paged_attention`, with its arguments and its result."""
+    batch.check_window(window)
     value_dim = value_dim or layout.v_head_dim
     out = q.new_empty(q.shape[0], q.shape[1], value_dim)
     element, rows = ELEMENTS[q.dtype], q.shape[0]
@@ -98,6 +100,6 @@ def paged_attention_cpu(
         softcap or 0.0,
     )
     batches = batch_struct(batch, arena)
-    step = abi.Step(rows, 0, None, None, ctypes.addressof(batches), None)
+    step = abi.Step(rows, None, ctypes.addressof(batches), None)
     native.run(ops, step)
     return out

@@ -8,13 +8,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = (
     "-std=gnu++17",
     "-O3",
-    "-march=native",
     "-fPIC",
     "-pthread",
     "-fno-math-errno",
@@ -27,6 +27,9 @@ FLAGS = (
 # code, to test what surrounds it.
 VARIANTS = {"native": (), "portable": ("-DLLMTOOL_PORTABLE",), "emulated": ("-DLLMTOOL_AMX_EMULATED",)}
 COMPILERS = ("c++", "g++", "clang++")
+# For this machine's processor, the first that the compiler knows: clang on Arm and compilers for POWER want the
+# second.
+NATIVE = ("-march=native", "-mcpu=native")
 
 
 class BuildError(Exception):
@@ -48,7 +51,7 @@ def build(variant: str = "native") -> Path:
     atomic rename: several processes may build at once, and each finds a whole file. Raises BuildError.
     """
     compiler = find_compiler()
-    flags = (*FLAGS, *VARIANTS[variant])
+    flags = (*FLAGS, *native_flags(compiler), *VARIANTS[variant])
     target = cache_dir() / f"cpu-{_key(compiler, flags)}.so"
     if target.is_file():
         return target
@@ -69,6 +72,17 @@ def find_compiler() -> str:
         if path is not None:
             return path
     raise BuildError(f"no C++ compiler was found ({', '.join(names)})")
+
+
+def native_flags(compiler: str) -> tuple[str, ...]:
+    """The flag that asks for all of this processor's instructions; none where the compiler has none."""
+    for flag in NATIVE:
+        try:
+            _run([compiler, flag, "-x", "c++", "-E", os.devnull])
+        except BuildError:
+            continue
+        return (flag,)
+    return ()
 
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
@@ -94,25 +108,25 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def _compile(compiler: str, flags: tuple[str, ...], scratch: Path) -> Path:
     """All sources at once, each in a process of its own, then linked."""
     library = scratch / "cpu.so"
-    jobs = []
-    for source in sorted(SOURCES.glob("*.cpp")):
-        command = [compiler, *flags, "-c", str(source), "-o", str(scratch / f"{source.stem}.o")]
-        jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [job.communicate()[0] for job in jobs]
-    for job, output in zip(jobs, outputs, strict=True):
-        if job.returncode:
-            raise BuildError(f"{compiler} failed: {_first_error(output)}")
+    commands = [
+        [compiler, *flags, "-c", str(source), "-o", str(scratch / f"{source.stem}.o")]
+        for source in sorted(SOURCES.glob("*.cpp"))
+    ]
+    with ThreadPoolExecutor(len(commands)) as pool:
+        list(pool.map(_run, commands))
     _run([compiler, "-shared", "-pthread", *map(str, sorted(scratch.glob("*.o"))), "-o", str(library)])
     return library
 
 
 def _run(command: list[str]) -> str:
+    """What the command prints, which need not be UTF-8: compilers quote paths and sources as they are."""
     try:
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    except subprocess.CalledProcessError as error:
-        raise BuildError(f"{command[0]} failed: {_first_error(error.stderr)}") from None
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be run: {error.strerror or error}") from None
+    if done.returncode:
+        raise BuildError(f"{command[0]} failed: {_first_error(done.stderr)}")
+    return done.stdout
 
 
 def _first_error(output: str) -> str:

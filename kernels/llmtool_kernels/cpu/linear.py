@@ -43,8 +43,6 @@ class PackedLinear:
         self.bias = None if bias is None else pack_bias(bias, weight.gated)
         self.out_features = weight.n // 2 if weight.gated else weight.n
         self._native = native
-        self._step = abi.Step()
-        self._ops = (abi.Op * 1)()
 
     @property
     def nbytes(self) -> int:
@@ -66,7 +64,7 @@ class PackedLinear:
         op[0].kind, op[0].rows = abi.EMBED, len(ids)
         op[0].embed = abi.Embed(self.weight.struct, 1.0, out.data_ptr(), out.stride(0))
         ids = ids.contiguous()
-        self._native.run(op, abi.Step(len(ids), 0, ids.data_ptr()))
+        self._native.run(op, abi.Step(len(ids), ids.data_ptr()))
         return out
 
     def add_to(self, x: Tensor, out: Tensor) -> None:
@@ -97,9 +95,9 @@ class PackedLinear:
         )
 
     def _launch(self, x: Tensor, out: Tensor, add: float | None) -> None:
-        op = self._ops[0]
-        op.kind, op.rows, op.linear = abi.LINEAR, x.shape[0], self.bound(x, out, add)
-        self._native.run(self._ops, self._step)
+        ops = (abi.Op * 1)()  # of this call alone: the library runs without Python's lock
+        ops[0].kind, ops[0].rows, ops[0].linear = abi.LINEAR, x.shape[0], self.bound(x, out, add)
+        self._native.run(ops, abi.Step())
 
 
 def linear_reference(

@@ -182,9 +182,7 @@ class StepState:
         self._kept = (input_ids, arena, tuple(batches), tuple(ropes))
         self.struct = abi.Step(
             len(input_ids),
-            0,
             input_ids.data_ptr(),
-            None,
             ctypes.addressof(self._batches),
             ctypes.addressof(self._ropes),
         )

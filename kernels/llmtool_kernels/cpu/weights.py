@@ -22,6 +22,7 @@ Format = Literal["float32", "bfloat16", "int8", "int4"]
 PANEL = 32
 HALF = PANEL // 2
 MAX_GROUP = 256  # csrc/linear.cpp
+AT_ONCE = 2**22  # values rounded at a time: there are several copies of them in float32
 _FORMATS = {
     "float32": abi.PANEL_F32,
     "bfloat16": abi.PANEL_BF16,
@@ -118,7 +119,15 @@ def quantize(weight: Tensor, bits: int, group: int) -> QuantizedWeight:
     n, k = weight.shape
     if bits not in (8, 4) or group % 8 or group > MAX_GROUP or k % group:
         raise ValueError(f"{k} columns cannot be quantized to {bits} bits in groups of {group}")
-    values = weight.float().view(n, k // group, group)
+    parts = [
+        _round(rows.float().unflatten(1, (-1, group)), bits) for rows in weight.split(max(1, AT_ONCE // k))
+    ]
+    q, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return QuantizedWeight(q.view(n, k), scales, bits)
+
+
+def _round(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """values: float32 [n, groups, group] -> int8 of their shape, bfloat16 [n, groups]."""
     extreme = values.gather(2, values.abs().argmax(2, keepdim=True))  # [n, groups, 1]
     # Of 4 bits the lowest level is used too: the value furthest from zero, of either sign, becomes -8.
     low, high = (-127, 127) if bits == 8 else (-8, 7)
@@ -136,7 +145,7 @@ def quantize(weight: Tensor, bits: int, group: int) -> QuantizedWeight:
         best_q = torch.where(better, q, best_q)
         best_scale, best = torch.where(better, scale, best_scale), torch.minimum(error, best)
     assert best_q is not None and best_scale is not None
-    return QuantizedWeight(best_q.view(n, k).to(torch.int8), best_scale.squeeze(2).bfloat16(), bits)
+    return best_q.to(torch.int8), best_scale.squeeze(2).bfloat16()
 
 
 def pack_quantized(weight: QuantizedWeight, gated: bool = False) -> PackedWeight:

@@ -13,7 +13,7 @@ from llmtool_kernels.attention import UNIT, AttentionBatch, KVLayout
 from llmtool_kernels.gpu import table
 from llmtool_kernels.gpu.attention_kernel import attention_kernel
 from llmtool_kernels.gpu.plan import WIDTH, max_segments, max_slots, num_tiles, plan_segments
-from llmtool_kernels.gpu.platform import multiprocessors, power_of_2
+from llmtool_kernels.gpu.platform import multiprocessors, power_of_2, shared_memory
 
 
 @dataclass(slots=True)
@@ -98,6 +98,11 @@ def read_pages(
     return out
 
 
+def runs(q: Tensor, layout: KVLayout) -> bool:
+    """Whether the kernel fits into the device's shared memory for heads of this size and type."""
+    return table.fits(layout.k_head_dim, q.dtype.itemsize, shared_memory(q.device))
+
+
 def plan(
     q: Tensor, layout: KVLayout, batch: AttentionBatch, window: int | None, value_dim: int | None
 ) -> list[Work]:
@@ -128,7 +133,7 @@ def _works(
     for chosen in (narrow, wide):
         if not chosen:
             continue
-        config = table.choose(max(rows[s] for s in chosen), *dims, *sizes)
+        config = table.choose(max(rows[s] for s in chosen), *dims, *sizes, shared_memory(device))
         programs = config.per_processor * multiprocessors(device)
         tiles = num_tiles(batch.query_lens, chosen, num_kv_heads, group, config.block_m)
         segments_at = _aligned(programs + 1)

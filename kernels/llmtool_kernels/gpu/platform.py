@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -25,6 +26,15 @@ def multiprocessors(device: torch.device) -> int:
         return _INTERPRETED_PROCESSORS
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
+
+
+@lru_cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory a program may have on a CUDA device; Hopper's where kernels are interpreted."""
+    if device.type != "cuda":
+        return 227 * 1024
+    properties: Any = torch.cuda.get_device_properties(device)  # whose stubs do not know all of them
+    return int(properties.shared_memory_per_block_optin)
 
 
 def power_of_2(n: int) -> int:

@@ -12,6 +12,7 @@ from llmtool_kernels.attention import AttentionBatch
 from llmtool_kernels.cpu.attention import kernels_for, paged_attention_cpu
 from llmtool_kernels.cpu.native import Native
 
+from tests.kernels.gpu.pages import paged, random_tree
 from tests.kernels.store import Store
 
 CLOSE = {torch.float32: {"atol": 5e-6, "rtol": 2e-5}, torch.bfloat16: {"atol": 0.02, "rtol": 0.02}}
@@ -75,6 +76,46 @@ def test_values_may_be_the_leading_dimensions_of_the_keys(native: Native, softca
         torch.testing.assert_close(ours, expected, **CLOSE[torch.float32])
     written = (~store.arena.view(torch.float32).isnan()).sum()
     assert written == sum(len(k) for k in store.k.values()) * 40
+
+
+@pytest.mark.parametrize("dtype", list(CLOSE))
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (64, 1.5), (300, None)])
+@pytest.mark.parametrize(("heads", "dims"), [((4, 2), (16, 16)), ((28, 4), (32, 32)), ((5, 1), (40, 0))])
+def test_a_tree_of_drafts_sees_its_ancestors_only(
+    native: Native,
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> None:
+    """Single tokens, small trees and one of 64 nodes, over one piece of keys and over several."""
+    sizes = (1, 20, 7, 64, 3)
+    lengths = (9, 551, 7, 290, 258)
+    tree = [1, *random_tree(20), *random_tree(7, seed=1), *random_tree(64, seed=2), 1, 3, 5]
+    tree = [bits if bits < 2**63 else bits - 2**64 for bits in tree]
+    case = paged(sizes, lengths, heads, dims, 16, dtype, window=window, tree=tree)
+    case.batch.block_tables.clamp_(max=2**20)  # in front of a window the reference reads what it then masks
+    arguments = (case.q, case.k, case.v)
+    extra = {"softcap": softcap, "value_dim": 24 if case.v is None else None}
+    expected, ours = (
+        run(*arguments, case.arena.clone(), case.layout, case.batch, 0.3, window, **extra)
+        for run in (attention.paged_attention_reference, functools.partial(paged_attention_cpu, native))
+    )
+    torch.testing.assert_close(ours, expected, **CLOSE[dtype])
+    case.batch.tree, case.batch.tree_depth = None, 0
+    causal = paged_attention_cpu(
+        native, *arguments, case.arena.clone(), case.layout, case.batch, 0.3, window, **extra
+    )
+    assert not torch.allclose(ours, causal, atol=0.05)
+
+
+def test_a_window_shorter_than_a_branch_is_not_planned(native: Native) -> None:
+    case = paged((1, 3), (9, 12), tree=[1, 1, 3, 7])
+    with pytest.raises(AssertionError, match="window of 2 tokens is shorter than a branch of 3"):
+        paged_attention_cpu(
+            native, case.q, case.k, case.v, case.arena, case.layout, case.batch, 0.3, window=2
+        )
 
 
 def test_a_sequence_reads_pages_another_writes_in_the_same_step(native: Native) -> None:

@@ -67,6 +67,52 @@ def test_a_failure_says_the_compilers_first_error(one_file: Path) -> None:
         build()
 
 
+def script(path: Path, body: str) -> str:
+    """A program of that shell code; its path."""
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_that_cannot_be_started_is_named(
+    one_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between asking for its version and running it, here: not the cache is at fault."""
+    (tmp_path / "c++").write_bytes(b"no program")
+    (tmp_path / "c++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "c++"))
+    monkeypatch.setattr(building, "_key", lambda *_: "key")
+    with pytest.raises(BuildError, match=r"/c\+\+ cannot be run: Exec format error"):
+        build()
+
+
+def test_a_compiler_may_say_what_is_not_text(
+    one_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says = (
+        'printf "c++ \\351\\n"; case "$*" in *-c*) printf "x.cpp: error: \\351t\\351\\n" >&2; exit 1;; esac'
+    )
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", says))
+    with pytest.raises(BuildError, match=r"failed: x\.cpp: error: .t."):
+        build()
+
+
+@needs_compiler
+def test_a_compiler_that_knows_the_processor_by_another_flag(
+    one_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clang on Arm: -mcpu=native; and one that knows neither compiles all the same."""
+    refuse = 'for a; do case $a in {}) echo "error: unsupported argument to option" >&2; exit 1;; esac; done'
+    for refused, flags in (("-march=*", ("-mcpu=native",)), ("-march=*|-mcpu=*", ())):
+        body = f'{refuse.format(refused)}\necho "$*" >> {tmp_path}/said\nexec {find_compiler()} "$@"'
+        monkeypatch.setenv("CXX", script(tmp_path / "cxx", body))
+        assert building.native_flags(find_compiler()) == flags
+        assert build().is_file()
+        compiled = [line for line in (tmp_path / "said").read_text().splitlines() if " -c " in line]
+        assert all(flag in compiled[-1] for flag in flags)
+        monkeypatch.delenv("CXX")
+
+
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("march", ["sapphirerapids", "skylake-avx512", "haswell", "x86-64"])
@@ -74,11 +120,10 @@ def test_sources_compile_for_other_processors(march: str, tmp_path: Path) -> Non
     """Without a warning, whatever the processor; on the first with tiles in them."""
     if platform.machine() != "x86_64":
         pytest.skip("the compiler here is for another family of processors")
-    flags = [flag for flag in building.FLAGS if flag != "-march=native"]
     target = tmp_path / "linear.o"
     command = [
         find_compiler(),
-        *flags,
+        *building.FLAGS,
         "-Wall",
         "-Wextra",
         "-Werror",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -97,6 +98,19 @@ def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(native: Native, for
     whole = linear(x, torch.float32)
     for first, last in ((0, 1), (7, 9), (200, 230), (3, 200)):
         assert torch.equal(linear(x[first:last], torch.float32), whole[first:last])
+
+
+def test_threads_may_share_a_layer(native: Native) -> None:
+    """Each gets the product of its own rows."""
+    linear = PackedLinear(make(native, "bfloat16", 1024, 512), native)
+    inputs_of = [inputs(rows, 512, "bfloat16") for rows in (1, 3, 40)]
+    expected = [linear(x) for x in inputs_of]
+
+    def repeat(i: int) -> bool:
+        return all(torch.equal(linear(inputs_of[i]), expected[i]) for _ in range(200))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(repeat, range(3)))
 
 
 def test_strided_inputs(native: Native) -> None:

@@ -13,6 +13,8 @@ from llmtool_kernels.cpu.attention import arrangement
 from llmtool_kernels.cpu.native import Native
 from llmtool_kernels.cpu.program import Program, StepState
 
+from tests.kernels.gpu.pages import random_tree
+
 HEADS, KV_HEADS, EPS, SCALE = 6, 2, 1e-5, 0.2
 CLOSE = {torch.float32: {"atol": 1e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 0.03, "rtol": 0.03}}
 
@@ -32,14 +34,25 @@ class Both:
         heads = {"head": (1, 1), "all": (HEADS, KV_HEADS)}.get(qk_norm or "", (0, 0))
         self.norms = [torch.randn(n * dim) if n else None for n in heads]
 
-    def step(self, news: dict[int, int], window: int | None, sinks: torch.Tensor | None, turned: int) -> None:
+    def step(
+        self,
+        news: dict[int, int],
+        window: int | None,
+        sinks: torch.Tensor | None,
+        turned: int,
+        tree: list[int] | None = None,
+    ) -> None:
         for s, n in news.items():
             self.lengths[s] = self.lengths.get(s, 0) + n
             table = self.tables.setdefault(s, [])
             while len(table) * self.page < self.lengths[s]:
                 table.append(self.free.pop() * self.unit)
         batch = AttentionBatch.build(
-            list(news.values()), [self.lengths[s] for s in news], [self.tables[s] for s in news], self.page
+            list(news.values()),
+            [self.lengths[s] for s in news],
+            [self.tables[s] for s in news],
+            self.page,
+            tree=tree,
         )
         rows, width = sum(news.values()), (HEADS + 2 * KV_HEADS) * self.dim
         qkv = torch.randn(rows, width)
@@ -124,6 +137,9 @@ def test_steps(
     both.step({0: 1, 1: 1, 3: 3}, 5, torch.randn(HEADS), dim // 2 // 2 * 2)
     both.step({2: 1, 1: 21, 0: 2}, 270, None, 0)
     both.step({1: 1, 3: 1}, None, torch.randn(HEADS), dim)
+    tree = [*random_tree(40), 1, *random_tree(9, seed=1)]
+    both.step({1: 40, 3: 1, 0: 9}, None, None, dim, tree)
+    both.step({1: 40, 3: 1, 0: 9}, 270, torch.randn(HEADS), dim, tree)
 
 
 def test_a_batch_of_nothing_but_one_token_alone_is_the_same(native: Native, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Kernels compiled for Hopper on a machine without a GPU, and what the assembler says of them."""
+"""Kernels compiled for Hopper, or another GPU, on a machine without one, and what the assembler says of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-TARGET = GPUTarget("cuda", 90, 32)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -46,8 +45,12 @@ def compiled(
     constants: Mapping[str, object],
     num_warps: int = 4,
     num_stages: int = 3,
+    capability: int = 90,
 ) -> Compiled:
-    """`kernel` as a launch with these arguments would compile it: tensors may be on any device, meta included."""
+    """`kernel` as a launch with these arguments would compile it: tensors may be on any device, meta included.
+
+    capability: of the GPU it is compiled for, 90 for 9.0.
+    """
     names = [p.name for p in kernel.params if not p.is_constexpr]
     assert len(names) == len(arguments), f"{len(arguments)} arguments for {names}"
     fixed = {p.name for p in kernel.params if p.do_not_specialize}
@@ -71,12 +74,13 @@ def compiled(
             attributes[(order.index(name),)] = [["tt.divisibility", 16]]
     signature = {name: signature[name] for name in order}
     source = ASTSource(kernel, signature, values, attributes)
-    built = triton.compile(source, target=TARGET, options={"num_warps": num_warps, "num_stages": num_stages})
-    registers, spills = _assemble(built.asm["ptx"])
+    target = GPUTarget("cuda", capability, 32)
+    built = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    registers, spills = _assemble(built.asm["ptx"], capability)
     return Compiled(built.asm["ptx"], built.metadata.shared, registers, spills)
 
 
-def _assemble(ptx: str) -> tuple[int, int]:
+def _assemble(ptx: str, capability: int) -> tuple[int, int]:
     """Registers per thread and bytes spilled, by `ptxas -v`."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "kernel.ptx"
@@ -86,7 +90,8 @@ def _assemble(ptx: str) -> tuple[int, int]:
         for tool in ([newer, "--regAllocOptLevel=2"], [newer], [TOOLS / "ptxas"]):
             if not Path(tool[0]).exists():
                 continue
-            command = [*tool, "-v", "--gpu-name", "sm_90a", source, "-o", source.with_suffix(".cubin")]
+            name = f"sm_{capability}{'a' if capability >= 90 else ''}"
+            command = [*tool, "-v", "--gpu-name", name, source, "-o", source.with_suffix(".cubin")]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 break

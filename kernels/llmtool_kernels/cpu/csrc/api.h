@@ -20,8 +20,7 @@ struct Weight {
     const uint16_t *scales;
 };
 
-// How many rows an operation has: a number, or one of these.
-enum Rows : int64_t { ROWS_ALL = -1, ROWS_SELECTED = -2 };
+constexpr int64_t ROWS_ALL = -1;  // an operation's number of rows: as many as the step has tokens
 
 // out[i] = scale * table[ids[i]]; float32.
 struct Embed {
@@ -29,13 +28,6 @@ struct Embed {
     double scale;
     float *out;
     int64_t out_stride;
-};
-
-// out[i] = in[select[i]]; float32 [rows, width], contiguous.
-struct Select {
-    const float *in;
-    float *out;
-    int64_t width;
 };
 
 // y = x / rms(x) * weight, or x without a weight; then out = y, or out (float32) += scale * y.
@@ -66,14 +58,6 @@ struct Linear {
     void *out;
     int64_t x_stride, x_type, out_stride, out_type, epilogue;
     double scale;
-    Gate gate;
-};
-
-// out = x[:, :width] joined with x[:, width:].
-struct Gated {
-    const void *x;
-    void *out;
-    int64_t x_stride, out_stride, width, type;
     Gate gate;
 };
 
@@ -109,16 +93,14 @@ struct Attention {
     double scale, softcap;
 };
 
-enum Kind : int64_t { EMBED, SELECT, RMS_NORM, LINEAR, JOIN_GATE, WRITE_KV, QKV_POST, ATTENTION };
+enum Kind : int64_t { EMBED, RMS_NORM, LINEAR, WRITE_KV, QKV_POST, ATTENTION };
 
 struct Op {
     int64_t kind, rows;
     union {
         Embed embed;
-        Select select;
         RmsNorm rms_norm;
         Linear linear;
-        Gated gated;
         WriteKv write_kv;
         QkvPost qkv_post;
         Attention attention;
@@ -130,6 +112,7 @@ struct Batch {
     int64_t num_seqs, table_width;
     const int32_t *query_start, *seq_lens, *block_tables;
     const int64_t *token_units, *token_slots;
+    const int64_t *tree;  // [tokens] which of its sequence's new tokens each sees, a bit each; or null: those before it
     uint8_t *arena;
 };
 
@@ -140,8 +123,8 @@ struct Rope {
 };
 
 struct Step {
-    int64_t num_tokens, num_selected;
-    const int64_t *input_ids, *select;
+    int64_t num_tokens;
+    const int64_t *input_ids;
     const Batch *batches;
     const Rope *ropes;
 };

@@ -115,6 +115,25 @@ class Stream {
     int64_t bytes_[MAX_BLOCKS], count_ = 0, block_ = 0, at_ = 0;
 };
 
+// Quotients by a number without dividing: exact for numerators of 32 bits over divisors whose product with them
+// is below 2^32.
+struct Divisor {
+    int64_t inverse;
+    constexpr explicit Divisor(int64_t divisor) : inverse(((int64_t(1) << 32) + divisor - 1) / divisor) {}
+    constexpr int64_t quotient(int64_t n) const { return n * inverse >> 32; }
+
+    // Whether it is exact for all lines of a panel's keys, whatever their length up to `longest` lines.
+    static constexpr bool divides_panels(int64_t longest) {
+        for (int64_t lines = 1; lines <= longest; lines++)
+            for (int64_t row = 0; row < PANEL; row++)
+                if (Divisor(lines).quotient(row * lines) != row ||
+                    Divisor(lines).quotient((row + 1) * lines - 1) != row)
+                    return false;
+        return true;
+    }
+};
+static_assert(Divisor::divides_panels(256), "a key would be fetched from a row that is not there");
+
 // One task: the queries of a block, for one KV head, over pieces of the keys.
 template <class E>
 class Task {
@@ -126,7 +145,11 @@ class Task {
           rows_(item.num_queries * group_), first_token_(batch_.query_start[item.sequence] + item.first_query),
           layout_{op.layer_offset, op.tokens_per_page, op.kv_heads, op.k_dim, op.v_dim} {
         int64_t queries = batch_.query_start[item.sequence + 1] - batch_.query_start[item.sequence];
-        first_position_ = batch_.seq_lens[item.sequence] - queries + item.first_query;
+        context_ = batch_.seq_lens[item.sequence] - queries;
+        first_position_ = context_ + item.first_query;
+        if (batch_.tree != nullptr) tree_ = batch_.tree + first_token_;
+        oldest_ = first_visible(tree_ ? context_ : first_position_);
+        newest_ = tree_ ? context_ + queries - 1 : first_position_ + item.num_queries - 1;
     }
 
     int64_t rows() const { return rows_; }
@@ -214,12 +237,15 @@ class Task {
     int64_t first_visible(int64_t position) const {
         return op_.window ? std::max<int64_t>(0, position - op_.window + 1) : 0;
     }
-    int64_t position(int64_t row) const { return first_position_ + row / group_; }
+    // A node of a tree is at its depth: it sees itself and its ancestors.
+    int64_t position(int64_t row) const {
+        return tree_ ? context_ + __builtin_popcountll(tree_[row / group_]) - 1 : first_position_ + row / group_;
+    }
 
     // The tokens [first, last) of a piece that a query of the block sees.
     std::pair<int64_t, int64_t> seen(int64_t piece) const {
-        int64_t begin = piece * PIECE, newest = first_position_ + item_.num_queries - 1;
-        return {std::max(begin, first_visible(first_position_)), std::min(begin + PIECE, newest + 1)};
+        int64_t begin = piece * PIECE;
+        return {std::max(begin, oldest_), std::min(begin + PIECE, newest_ + 1)};
     }
 
     // Pages in tiles are read as they are; `zero` stands for tiles without a token that is seen.
@@ -287,7 +313,8 @@ class Task {
         alignas(64) float scores[ROWS][PIECE];
         alignas(64) T weights[ROWS][PIECE];
         alignas(64) float maximum[LANES], sum[LANES];
-        int64_t oldest = first_visible(position(first)), newest = position(first + ROWS - 1);
+        int64_t oldest = tree_ ? oldest_ : first_visible(position(first));
+        int64_t newest = tree_ ? newest_ : position(first + ROWS - 1);
         if (newest < tiles_.base) return;
         int64_t from = std::max<int64_t>(0, oldest - tiles_.base) / PANEL;
         int64_t to = std::min(tiles_.num_panels, (newest - tiles_.base) / PANEL + 1);
@@ -344,12 +371,15 @@ class Task {
             int64_t token = tiles_.base + p * PANEL;
             for (int m = 0; m < ROWS; m++) {
                 int64_t newest = position(first + m), oldest = first_visible(newest);
-                bool whole = oldest <= token && token + PANEL <= newest + 1;
+                bool whole = oldest <= token && token + PANEL <= (tree_ ? context_ : newest + 1);
                 for (int half = 0; half < 2; half++) {
                     f32x16 s = acc[m][half] * float(op_.scale);
                     if (op_.softcap != 0) s = float(op_.softcap) * tanh(s / float(op_.softcap));
                     int64_t lane0 = token + half * LANES;
-                    if (!whole) s = mask(s, int32_t(oldest - lane0), int32_t(newest - lane0));
+                    if (!whole && tree_)
+                        s = mask_tree(s, int32_t(oldest - lane0), lane0 - context_, tree_[(first + m) / group_]);
+                    else if (!whole)
+                        s = mask(s, int32_t(oldest - lane0), int32_t(newest - lane0));
                     top[m] = max(top[m], s);
                     store(scores[m] + p * PANEL + half * LANES, s);
                 }
@@ -365,17 +395,26 @@ class Task {
         return lane > newest ? splat(NEVER) : s;
     }
 
+    // Lanes before `oldest`, and of the new tokens, of which the first lane is number `node`, all but those in bits.
+    static f32x16 mask_tree(f32x16 s, int32_t oldest, int64_t node, uint64_t bits) {
+        alignas(64) int32_t seen[LANES];
+        for (int64_t i = 0; i < LANES; i++)
+            seen[i] = i >= oldest && (node + i < 0 || (node + i < 64 && (bits >> (node + i) & 1)));
+        return load<i32x16>(seen) != 0 ? s : splat(NEVER);
+    }
+
     // Pages lie anywhere: what comes next has to be fetched by name, a little with every unit of products. Both
     // bring what one panel holds while one panel is multiplied.
     struct FetchKeys {
         static constexpr int64_t LINE = 64 / sizeof(T);
         const T *const *rows;
-        int64_t lines, inverse;  // in a row
+        int64_t lines;  // in a row
+        Divisor by_lines;
         FetchKeys(const T *const *rows, int64_t k_dim)
-            : rows(rows), lines((k_dim + LINE - 1) / LINE), inverse((65536 + lines - 1) / lines) {}
+            : rows(rows), lines((k_dim + LINE - 1) / LINE), by_lines(lines) {}
         void operator()(int64_t unit) const {
             for (int64_t line = 2 * unit; line < 2 * unit + 2; line++) {
-                int64_t row = line * inverse >> 16;
+                int64_t row = by_lines.quotient(line);
                 prefetch(rows[row] + (line - row * lines) * LINE);
             }
         }
@@ -397,7 +436,9 @@ class Task {
     const AttentionItem &item_;
     const int64_t kv_head_, group_, rows_, first_token_;
     const PageLayout<T> layout_;
-    int64_t first_position_ = 0;
+    int64_t first_position_ = 0, context_ = 0;  // of the block's first query, of the sequence's first new token
+    int64_t oldest_ = 0, newest_ = 0;  // the first and last token that any of the block sees
+    const int64_t *tree_ = nullptr;    // bits of the block's queries
     T *queries_ = nullptr;
     Tiles<E> tiles_;
     const Rows<T> *upcoming_ = nullptr;

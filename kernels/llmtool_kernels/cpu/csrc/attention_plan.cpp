@@ -34,10 +34,12 @@ void AttentionPlan::add_blocks(const Attention &op, const Batch &batch, int64_t 
     int64_t start = batch.seq_lens[sequence] - queries;  // position of the first query
     bool few = queries * group_ <= SPLIT_ROWS || queries == 1;
     int64_t block = few ? queries : std::max<int64_t>(1, BLOCK_ROWS / group_);
+    const bool tree = batch.tree != nullptr;  // a node may stand before or after any other
     for (int64_t q = 0; q < queries; q += block) {
         int64_t count = std::min(block, queries - q);
-        int64_t oldest = op.window ? std::max<int64_t>(0, start + q - op.window + 1) : 0;
-        int64_t first = oldest / PIECE, last = (start + q + count - 1) / PIECE + 1;
+        int64_t from = start + (tree ? 0 : q), to = start + (tree ? queries : q + count) - 1;
+        int64_t oldest = op.window ? std::max<int64_t>(0, from - op.window + 1) : 0;
+        int64_t first = oldest / PIECE, last = to / PIECE + 1;
         AttentionItem item{sequence, q, count, first, last, 0, 1, 0, 0};
         if (few && last - first > 1)
             add_split(item, count * group_, op.kv_heads);

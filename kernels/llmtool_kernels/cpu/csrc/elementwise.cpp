@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "gate.h"
 #include "page.h"
 #include "simd.h"
 
@@ -41,17 +40,6 @@ void rms_norm(const RmsNorm &op, int64_t first, int64_t last) {
             if (op.weight) y = y * inverse * load_lanes(op.weight + i, count);
             if (op.add) y = float(op.scale) * y + load_lanes(out + i, count);
             store_lanes(out + i, y, count);
-        });
-    }
-}
-
-template <class T>
-void join_gate(const Gated &op, int64_t first, int64_t last) {
-    for (int64_t row = first; row < last; row++) {
-        const T *gate = static_cast<const T *>(op.x) + row * op.x_stride, *up = gate + op.width;
-        T *out = static_cast<T *>(op.out) + row * op.out_stride;
-        for_lanes(op.width, [&](int64_t i, int64_t count) {
-            store_lanes(out + i, join(op.gate, load_lanes(gate + i, count), load_lanes(up + i, count)), count);
         });
     }
 }
@@ -158,20 +146,11 @@ void qkv_post(const QkvPost &op, const Step &step, int64_t first, int64_t last) 
 
 }  // namespace
 
-void select_rows(const Select &op, const int64_t *select, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++)
-        std::copy_n(op.in + select[i] * op.width, op.width, op.out + i * op.width);
-}
-
 void rms_norm_rows(const RmsNorm &op, int64_t first, int64_t last) {
     if (op.x_type == F32 && op.out_type == F32) return rms_norm<float, float>(op, first, last);
     if (op.x_type == F32) return rms_norm<float, uint16_t>(op, first, last);
     if (op.out_type == F32) return rms_norm<uint16_t, float>(op, first, last);
     rms_norm<uint16_t, uint16_t>(op, first, last);
-}
-
-void join_gate_rows(const Gated &op, int64_t first, int64_t last) {
-    op.type == F32 ? join_gate<float>(op, first, last) : join_gate<uint16_t>(op, first, last);
 }
 
 void write_kv_rows(const WriteKv &op, const Step &step, int64_t first, int64_t last) {

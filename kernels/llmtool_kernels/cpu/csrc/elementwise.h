@@ -1,13 +1,11 @@
-// Operations on rows: norms, activations, and what lies between the qkv projection and attention.
+// Operations on rows: norms, and what lies between the qkv projection and attention.
 #pragma once
 #include "api.h"
 
 namespace llmtool {
 
 // Each runs rows [first, last).
-void select_rows(const Select &op, const int64_t *select, int64_t first, int64_t last);
 void rms_norm_rows(const RmsNorm &op, int64_t first, int64_t last);
-void join_gate_rows(const Gated &op, int64_t first, int64_t last);
 void write_kv_rows(const WriteKv &op, const Step &step, int64_t first, int64_t last);
 void qkv_post_rows(const QkvPost &op, const Step &step, int64_t first, int64_t last);
 

@@ -23,11 +23,6 @@ struct Bound {
     AttentionPlan *plan;
 };
 
-int64_t rows_of(const Op &op, const Step &step) {
-    if (op.rows == ROWS_ALL) return step.num_tokens;
-    return op.rows == ROWS_SELECTED ? step.num_selected : op.rows;
-}
-
 // Whether pages can hold a layer as they are said to.
 template <class T>
 bool arranged(const T &op) {
@@ -45,13 +40,13 @@ bool valid(const Op &op) {
             return arranged(a) && !(a.latent && a.arrangement == TILES);
         }
         case RMS_NORM: return !op.rms_norm.add || op.rms_norm.out_type == F32;
-        case EMBED: case SELECT: case JOIN_GATE: case WRITE_KV: return true;
+        case EMBED: case WRITE_KV: return true;
         default: return false;
     }
 }
 
 Bound bind(const Op &op, const Step &step, AttentionPlanner &planner) {
-    Bound bound{&op, rows_of(op, step), 0, nullptr};
+    Bound bound{&op, op.rows == ROWS_ALL ? step.num_tokens : op.rows, 0, nullptr};
     if (op.kind == LINEAR) {
         bound.tasks = linear_tasks(op.linear, bound.rows);
     } else if (op.kind == ATTENTION) {
@@ -68,10 +63,8 @@ void run_task(const Bound &bound, const Step &step, int64_t task, int64_t next, 
     int64_t first = task * ROWS_A_TASK, last = std::min(first + ROWS_A_TASK, bound.rows);
     switch (op.kind) {
         case EMBED: return embed_rows(op.embed, step.input_ids, first, last);
-        case SELECT: return select_rows(op.select, step.select, first, last);
         case RMS_NORM: return rms_norm_rows(op.rms_norm, first, last);
         case LINEAR: return linear_task(op.linear, bound.rows, task, next, serial);
-        case JOIN_GATE: return join_gate_rows(op.gated, first, last);
         case WRITE_KV: return write_kv_rows(op.write_kv, step, first, last);
         case QKV_POST: return qkv_post_rows(op.qkv_post, step, first, last);
         case ATTENTION: return attention_task(op.attention, step, *bound.plan, task, next);

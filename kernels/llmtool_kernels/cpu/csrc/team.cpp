@@ -1,11 +1,13 @@
 #include "team.h"
 
 #include <linux/futex.h>
+#include <pthread.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <climits>
+#include <new>
 #include <system_error>
 #include <thread>
 
@@ -47,6 +49,12 @@ void wait(std::atomic<int32_t> &word, std::atomic<int32_t> &sleepers, int &spins
     for (int32_t seen = word.load(); !done(seen); seen = word.load()) futex_wait(word, seen);
     sleepers.fetch_sub(1);
 }
+
+alignas(Team) unsigned char memory[sizeof(Team)];
+Team *const team = [] {
+    pthread_atfork(nullptr, nullptr, [] { new (memory) Team; });
+    return new (memory) Team;
+}();
 
 uint64_t span(uint64_t first, uint64_t last) { return first << 32 | last; }
 
@@ -100,8 +108,10 @@ void Phase::finish(int32_t finished) {
     wait(done_, sleepers_, spins, [&](int32_t done) { return done == total_; });
 }
 
+// Made when the library is loaded. A fork takes no thread along but the one that calls it, and may come while
+// another's run holds the lock: the child begins with a team that has no helpers yet. What the old one had
+// allocated is left alone, whatever state it was in.
 Team &Team::instance() {
-    static Team *team = new Team;
     return *team;
 }
 
