@@ -14,6 +14,7 @@ from llmtool_kernels.cpu.weights import (
     PackedWeight,
     QuantizedWeight,
     pack,
+    pack_compact,
     pack_quantized,
     quantize,
 )
@@ -83,7 +84,10 @@ class Binder:
             return self._packed(pack_quantized(quantized, gate is not None), bias, gate)
         if self.native is None:
             return matrix
-        return self._packed(pack(weight, self.native, gate is not None), bias, gate)
+        gated = gate is not None
+        # Fewer bytes only help where bfloat16 has instructions: elsewhere taking them apart costs more.
+        small = pack_compact(weight, self.native, gated) if self.native.isa != "portable" else None
+        return self._packed(small or pack(weight, self.native, gated), bias, gate)
 
     def _packed(self, weight: PackedWeight, bias: Tensor | None, gate: GateSpec | None) -> PackedLinear:
         assert self.native is not None

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import Structure, Union, c_double, c_int64, c_void_p
 
 F32, BF16 = 0, 1  # Element
-PANEL_F32, PANEL_BF16, PANEL_INT8, PANEL_INT4 = range(4)  # Format
+PANEL_F32, PANEL_BF16, PANEL_INT8, PANEL_INT4, PANEL_COMPACT = range(5)  # Format
 ROWS_ALL = -1
 STORE, ADD, GATED = range(3)  # Epilogue
 SILU, GELU_TANH, GELU, CLAMPED = range(4)  # GateKind
@@ -25,7 +25,7 @@ def _fields(spec: str) -> list[tuple[str, type]]:
 
 
 class Weight(Structure):
-    _fields_ = _fields("format n k group *data *scales")
+    _fields_ = _fields("format n k group *data *scales *starts *exceptions")
 
 
 class Embed(Structure):
@@ -100,7 +100,9 @@ def declare(library: ctypes.CDLL) -> None:
     """Give the library's functions their types."""
     library.llmtool_run.argtypes = (c_void_p, c_int64, c_void_p, c_int64)
     library.llmtool_run.restype = c_int64
-    library.llmtool_pack.argtypes = (c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64)
+    library.llmtool_pack.argtypes = (
+        (c_int64, c_void_p, c_int64, c_int64, c_int64) + 3 * (c_void_p,) + 2 * (c_int64,)
+    )
     library.llmtool_pack.restype = None
     library.llmtool_isa.argtypes = ()
     library.llmtool_isa.restype = ctypes.c_char_p

@@ -48,7 +48,17 @@ class Native:
         """weight [n, k], contiguous float32 or bfloat16, into panels."""
         n, k = weight.shape
         form = abi.PANEL_F32 if weight.dtype == torch.float32 else abi.PANEL_BF16
-        self._pack(form, weight.data_ptr(), n, k, gated, out.data_ptr(), torch.get_num_threads())
+        threads = torch.get_num_threads()
+        self._pack(form, weight.data_ptr(), n, k, gated, out.data_ptr(), None, None, 0, threads)
+
+    def pack_compact(self, weight: Tensor, gated: bool, out: Tensor, counts: Tensor, room: Tensor) -> None:
+        """weight [n, k], contiguous bfloat16, k a multiple of 4, into compact panels. counts [panels]: how many
+        exceptions each has, of which room [panels, most], both int64, takes the first."""
+        n, k = weight.shape
+        self._pack(
+            abi.PANEL_COMPACT, weight.data_ptr(), n, k, gated, out.data_ptr(),
+            counts.data_ptr(), room.data_ptr(), room.shape[1], torch.get_num_threads(),
+        )  # fmt: skip
 
 
 def kernels() -> Native | None:

@@ -1,35 +1,38 @@
 """Weight matrices as the CPU kernels read them: in panels, as they are or in 8 or 4 bits.
 
 A packed matrix [n, k] is a sequence of panels of 32 rows, zero-padded, k outermost (csrc/panel.h): float32
-[k][32], bfloat16 [k/2][32][2]. Integers are symmetric, with a bfloat16 scale per row and group of columns:
-w = scale * q. int8: -127..127, a byte each, like bfloat16 panels. int4: -8..7, stored as q + 8 in nibbles, eight
-columns of a panel in 128 bytes (csrc/expand.h).
+[k][32], bfloat16 [k/2][32][2]. compact: bfloat16 in 12 bits, exactly (csrc/compact.h). Integers are symmetric, with
+a bfloat16 scale per row and group of columns: w = scale * q. int8: -127..127, a byte each, like bfloat16 panels.
+int4: -8..7, stored as q + 8 in nibbles, eight columns of a panel in 128 bytes (csrc/expand.h).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmtool_kernels.cpu import abi
 from llmtool_kernels.cpu.native import Native
 
-Format = Literal["float32", "bfloat16", "int8", "int4"]
+Format = Literal["float32", "bfloat16", "compact", "int8", "int4"]
 
 PANEL = 32
 HALF = PANEL // 2
 MAX_GROUP = 256  # csrc/linear.cpp
 AT_ONCE = 2**22  # values rounded at a time: there are several copies of them in float32
+COMPACT_TABLE = 64  # csrc/compact.h
+MAX_EXCEPTIONS = 256  # one in so many values of a panel; some trained models have one in 25,000
 _FORMATS = {
     "float32": abi.PANEL_F32,
     "bfloat16": abi.PANEL_BF16,
+    "compact": abi.PANEL_COMPACT,
     "int8": abi.PANEL_INT8,
     "int4": abi.PANEL_INT4,
 }
-_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,14 @@ class QuantizedWeight:
         return self.q.float() * self.scales.float().repeat_interleave(self.group, dim=1)
 
 
+class Exceptions(NamedTuple):
+    """The values of a compact matrix that its panels leave out. starts: int64 [panels + 1]. values: int64 [N], each
+    k, column of the panel << 32 and bfloat16 bits << 48; panel i's are values[starts[i] : starts[i + 1]]."""
+
+    starts: Tensor
+    values: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
     """A matrix [n, k] in panels. data: uint8, flat. scales: bfloat16 [panels, k / group, 32], or None.
@@ -63,17 +74,22 @@ class PackedWeight:
     scales: Tensor | None = None
     group: int = 0
     gated: bool = False
+    exceptions: Exceptions | None = None
     struct: abi.Weight = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         scales = 0 if self.scales is None else self.scales.data_ptr()
         group = self.group or self.k
         struct = abi.Weight(_FORMATS[self.format], self.n, self.k, group, self.data.data_ptr(), scales)
+        if self.exceptions is not None:
+            struct.starts = self.exceptions.starts.data_ptr()
+            struct.exceptions = self.exceptions.values.data_ptr()
         object.__setattr__(self, "struct", struct)
 
     @property
     def nbytes(self) -> int:
-        return self.data.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        kept = (self.data, self.scales, *(self.exceptions or ()))
+        return sum(t.nbytes for t in kept if t is not None)
 
     def dense(self) -> Tensor:
         """The matrix [n, k] again, float32 or bfloat16; dequantized float32 for integers."""
@@ -82,6 +98,9 @@ class PackedWeight:
             rows = self.data.view(torch.float32).view(panels, k, PANEL).transpose(1, 2)
         elif self.format == "bfloat16":
             rows = _from_pairs(self.data.view(torch.bfloat16).view(panels, k // 2, PANEL, 2))
+        elif self.format == "compact":
+            assert self.exceptions is not None
+            rows = _from_pairs(_from_compact(self.data, self.exceptions, panels, k))
         else:
             pairs = self.data.view(torch.int8) if self.format == "int8" else _from_nibbles(self.data)
             assert self.scales is not None
@@ -108,6 +127,24 @@ def pack(weight: Tensor, native: Native, gated: bool = False) -> PackedWeight:
     native.pack(weight.contiguous(), gated, data)
     name: Format = "float32" if weight.dtype == torch.float32 else "bfloat16"
     return PackedWeight(name, n, k, data, gated=gated)
+
+
+def pack_compact(weight: Tensor, native: Native, gated: bool = False) -> PackedWeight | None:
+    """weight [n, k] bfloat16 in three quarters of its bytes, exactly (csrc/compact.h). None where that does not
+    work: k is no multiple of 4, or so many values have rare exponents that keeping them apart would cost time."""
+    n, k = weight.shape
+    if weight.dtype != torch.bfloat16 or k % 4:
+        return None
+    panels, most = num_panels(n), max(8, k * PANEL // MAX_EXCEPTIONS)
+    data = torch.empty(panels, COMPACT_TABLE + k * PANEL * 12 // 8, dtype=torch.uint8)
+    counts = torch.empty(panels, dtype=torch.int64)
+    room = torch.empty(panels, most, dtype=torch.int64)
+    native.pack_compact(weight.contiguous(), gated, data, counts, room)
+    if int(counts.max()) > most:
+        return None
+    starts = F.pad(counts.cumsum(0), (1, 0))
+    values = room[torch.arange(most) < counts[:, None]]
+    return PackedWeight("compact", n, k, data.flatten(), gated=gated, exceptions=Exceptions(starts, values))
 
 
 def quantize(weight: Tensor, bits: int, group: int) -> QuantizedWeight:
@@ -191,6 +228,22 @@ def _ungate(rows: Tensor, n: int) -> Tensor:
 def _from_pairs(pairs: Tensor) -> Tensor:
     """[panels, k / 2, 32, 2] -> [panels, 32, k]"""
     return pairs.transpose(1, 2).flatten(2)
+
+
+def _from_compact(data: Tensor, exceptions: Exceptions, panels: int, k: int) -> Tensor:
+    """bfloat16 [panels, k / 2, 32, 2]"""
+    panel = data.view(panels, -1)
+    table = panel[:, :COMPACT_TABLE].view(torch.int16).to(torch.int64)  # [panels, 32]
+    steps = panel[:, COMPACT_TABLE:].view(panels, k // 4, 3, 2 * PANEL).to(torch.int64)
+    rest = steps[:, :, :2]
+    numbers = torch.stack((steps[:, :, 2] & 15, steps[:, :, 2] >> 4), dim=2)
+    exponents = table.gather(1, numbers.flatten(1)).view_as(numbers)
+    words = ((rest & 0x80) << 8 | rest & 0x7F | exponents).to(torch.uint16).view(panels, k // 2, PANEL, 2)
+    values = exceptions.values
+    at = torch.repeat_interleave(torch.arange(panels), exceptions.starts.diff())
+    row, column = values & 0xFFFFFFFF, values >> 32 & 0xFFFF
+    words.view(torch.int16)[at, row // 2, column, row % 2] = (values >> 48).to(torch.int16)
+    return words.view(torch.bfloat16)
 
 
 def _to_nibbles(pairs: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from llmtool_kernels.cpu.linear import Gate, PackedLinear, join_reference, linear_reference
 from llmtool_kernels.cpu.native import Native
-from llmtool_kernels.cpu.weights import PackedWeight, pack, pack_quantized, quantize
+from llmtool_kernels.cpu.weights import PackedWeight, pack, pack_compact, pack_quantized, quantize
 
-FORMATS = ["float32", "bfloat16", "int8", "int4"]
+FORMATS = ["float32", "bfloat16", "compact", "int8", "int4"]
+SPECIAL = (0.0, -0.0, 1e-39, -3e-12, 7e4, -1e30)  # of exponents that few weights have
 ROWS = [1, 2, 3, 5, 12, 16, 33, 100, 400]
 GATES = [Gate(), Gate("gelu"), Gate("gelu_tanh"), Gate("clamped", 1.7, 1.5)]
 
@@ -26,9 +27,23 @@ def make(native: Native, form: str, n: int, k: int, gated: bool = False) -> Pack
     weight = torch.randn(n, k) / k**0.5
     if form == "float32":
         return pack(weight, native, gated)
+    if form == "compact":
+        packed = pack_compact(with_exceptions(weight), native, gated)
+        assert packed is not None
+        return packed
     if form == "bfloat16":
         return pack(weight.bfloat16(), native, gated)
     return pack_quantized(quantize(weight, int(form[3:]), 24), gated)
+
+
+def with_exceptions(weight: torch.Tensor) -> torch.Tensor:
+    """bfloat16, with more exponents in the first panel than a table holds, and zeros."""
+    weight = weight.bfloat16()
+    for i in range(6):
+        weight[i % 2, 5 + i] = (-1) ** i * 1.5 * 2.0 ** (-20 - i)
+    weight[-1, 0], weight[weight.shape[0] // 2, -1] = -2e-8, 40.0
+    weight[0, 2] = weight[-2, 3] = 0
+    return weight
 
 
 def inputs(rows: int, k: int, form: str) -> torch.Tensor:
@@ -39,8 +54,16 @@ def inputs(rows: int, k: int, form: str) -> torch.Tensor:
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("n", [2, 32, 70])
 def test_packing_loses_nothing(native: Native, form: str, n: int, gated: bool) -> None:
-    weight = torch.randn(n, 48)
-    if form in ("float32", "bfloat16"):
+    weight = torch.randn(n, 96)
+    if form == "compact":
+        dense = with_exceptions(weight)
+        for i, value in enumerate(SPECIAL):
+            dense[i % n, 20 + i] = value
+        packed = pack_compact(dense, native, gated)
+        assert packed is not None and packed.exceptions is not None
+        assert n == 2 or len(packed.exceptions.values) >= 3
+        assert torch.equal(packed.dense().view(torch.int16), dense.view(torch.int16))
+    elif form in ("float32", "bfloat16"):
         dense = weight if form == "float32" else weight.bfloat16()
         assert torch.equal(pack(dense, native, gated).dense(), dense)
     else:
@@ -56,13 +79,23 @@ def test_products(native: Native, form: str, rows: int, n: int, k: int) -> None:
     linear = PackedLinear(weight, native, bias)
     expected = linear_reference(x, weight, bias)
     # Beside integers, bfloat16 inputs may be rounded to 16 bits (csrc/integer.h).
-    close = {"atol": 2e-5 if "float" in form else 3e-4, "rtol": 1e-5}
+    close = {"atol": 3e-4 if form.startswith("int") else 2e-5, "rtol": 1e-5}
     torch.testing.assert_close(linear(x, torch.float32), expected, **close)
     grown = torch.ones(rows, n)
     linear.add_to(x, grown)
     torch.testing.assert_close(grown, expected + 1, **close)
     if form != "float32":
         assert torch.equal(linear(x), linear(x, torch.float32).bfloat16())
+
+
+def test_compact_weights_are_smaller_or_not_made(native: Native) -> None:
+    weight = torch.randn(70, 576).bfloat16()
+    packed = pack_compact(weight, native)
+    assert packed is not None and packed.nbytes < 0.77 * pack(weight, native).nbytes
+    many = torch.randn(64, 48).exp2().bfloat16() * torch.exp2(torch.randint(-60, 60, (64, 48))).bfloat16()
+    assert pack_compact(many, native) is None
+    assert pack_compact(torch.randn(64, 50).bfloat16(), native) is None  # not by fours
+    assert pack_compact(torch.randn(64, 48), native) is None
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -80,7 +113,7 @@ def test_gated_products(native: Native, form: str, gate: Gate) -> None:
         x = inputs(rows, 48, form)
         got = PackedLinear(weight, native, bias, gate)(x, torch.float32)
         expected = linear_reference(x, weight, bias, gate)
-        torch.testing.assert_close(got, expected, atol=1e-5 if "float" in form else 5e-4, rtol=1e-4)
+        torch.testing.assert_close(got, expected, atol=5e-4 if form.startswith("int") else 1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4"])
@@ -92,7 +125,7 @@ def test_integers_take_float32_inputs(native: Native, form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_row_is_the_same_bit_for_bit_whatever_is_beside_it(native: Native, form: str) -> None:
-    if native.isa == "amx" and form == "bfloat16":
+    if native.isa == "amx" and form in ("bfloat16", "compact"):
         pytest.skip("tiles add up in another order, and take 16 rows or none")
     linear, x = PackedLinear(make(native, form, 70, 48), native), inputs(230, 48, form)
     whole = linear(x, torch.float32)

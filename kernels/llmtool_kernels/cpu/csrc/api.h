@@ -10,14 +10,23 @@ namespace llmtool {
 
 enum Element : int64_t { F32 = 0, BF16 = 1 };
 
-enum Format : int64_t { PANEL_F32 = 0, PANEL_BF16 = 1, PANEL_INT8 = 2, PANEL_INT4 = 3 };
+enum Format : int64_t { PANEL_F32 = 0, PANEL_BF16 = 1, PANEL_INT8 = 2, PANEL_INT4 = 3, PANEL_COMPACT = 4 };
+
+// A value that a compact panel does not hold (compact.h). column: 0..31, of the panel. value: bfloat16.
+struct Exception {
+    int32_t k;
+    uint16_t column, value;
+};
 
 // A matrix [n, k] in panels of 32 rows, zero-padded (panel.h). scales: bfloat16, per panel, group of k and row.
+// Of a compact matrix, panel i's exceptions are [starts[i], starts[i + 1]).
 struct Weight {
     int64_t format, n, k;
     int64_t group;  // columns that share a scale; k for formats without scales
     const void *data;
     const uint16_t *scales;
+    const int64_t *starts;
+    const Exception *exceptions;
 };
 
 constexpr int64_t ROWS_ALL = -1;  // an operation's number of rows: as many as the step has tokens
@@ -137,9 +146,11 @@ struct Step {
 LLMTOOL_EXPORT int64_t llmtool_run(const llmtool::Op *ops, int64_t num_ops, const llmtool::Step *step,
                                    int64_t threads);
 
-// Pack src, row-major [n, k] of F32 or BF16, into panels. gated: rows are gate, then up, and are interleaved.
+// Pack src, row-major [n, k] of F32 or BF16, into panels. gated: rows are gate, then up, and are interleaved. Compact
+// panels (of BF16; k a multiple of 4) have their exceptions counted in counts [panels], and the first `room` of each
+// written to exceptions [panels][room].
 LLMTOOL_EXPORT void llmtool_pack(int64_t format, const void *src, int64_t n, int64_t k, int64_t gated, void *out,
-                                 int64_t threads);
+                                 int64_t *counts, llmtool::Exception *exceptions, int64_t room, int64_t threads);
 
 // "amx", "avx512_bf16" or "portable": which instructions the bfloat16 kernels use here.
 LLMTOOL_EXPORT const char *llmtool_isa();

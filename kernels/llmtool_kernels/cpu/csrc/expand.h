@@ -4,6 +4,7 @@
 // like a bfloat16 panel: for every two k, 32 columns of pairs. INT8: a byte each. INT4: q + 8 in a nibble; eight
 // k take 128 bytes, two for each 16-bit word of them: nibble i of word c belongs to unit i of the four, place c.
 #pragma once
+#include "compact.h"
 #include "panel.h"
 
 namespace llmtool {
@@ -11,6 +12,7 @@ namespace llmtool {
 constexpr int PAIRS = 2 * PANEL;  // values in a unit of two k
 
 LLMTOOL_INLINE int64_t packed_bytes(int64_t format, int64_t k) {
+    if (format == PANEL_COMPACT) return compact_bytes(k);
     const int64_t bits[] = {32, 16, 8, 4};
     return PANEL * k * bits[format] / 8;
 }

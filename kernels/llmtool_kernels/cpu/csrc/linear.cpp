@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "compact.h"
 #include "expand.h"
 #include "gate.h"
 #include "integer.h"
@@ -31,7 +32,7 @@ struct Writer {
     int64_t panel;
 
     template <class T>
-    void put_columns(int64_t row, int64_t column, f32x16 v, int64_t width) const {
+    LLMTOOL_INLINE_MEMBER void put_columns(int64_t row, int64_t column, f32x16 v, int64_t width) const {
         T *out = static_cast<T *>(op.out) + row * op.out_stride + column;
         int64_t count = std::min<int64_t>(LANES, width - column);
         if (count <= 0) return;
@@ -39,14 +40,14 @@ struct Writer {
         store_lanes(out, v, count);
     }
 
-    void put_columns(int64_t row, int64_t column, f32x16 v, int64_t width) const {
+    LLMTOOL_INLINE_MEMBER void put_columns(int64_t row, int64_t column, f32x16 v, int64_t width) const {
         if (op.out_type == F32)
             put_columns<float>(row, column, v, width);
         else
             put_columns<uint16_t>(row, column, v, width);
     }
 
-    void operator()(int64_t row, f32x16 left, f32x16 right) const {
+    LLMTOOL_INLINE_MEMBER void operator()(int64_t row, f32x16 left, f32x16 right) const {
         if (op.bias) {
             left += load<f32x16>(op.bias + panel * PANEL);
             right += load<f32x16>(op.bias + panel * PANEL + LANES);
@@ -70,16 +71,61 @@ void for_blocks(int64_t first, int64_t last, F &&f) {
     }
 }
 
+// Adds what a compact panel leaves out.
+class CompactWriter {
+  public:
+    CompactWriter(const Linear &op, int64_t panel)
+        : write_{op, panel}, op_(op), first_(op.weight.starts[panel]), last_(op.weight.starts[panel + 1]) {}
+
+    LLMTOOL_INLINE_MEMBER void operator()(int64_t row, f32x16 left, f32x16 right) const {
+        if (first_ != last_) {
+            const uint16_t *x = static_cast<const uint16_t *>(op_.x) + row * op_.x_stride;
+            alignas(64) float sums[PANEL] = {};
+            for (int64_t i = first_; i < last_; i++) {
+                const Exception &e = op_.weight.exceptions[i];
+                sums[e.column] += bf16_to_f32(x[e.k]) * bf16_to_f32(e.value);
+            }
+            left += load<f32x16>(sums), right += load<f32x16>(sums + LANES);
+        }
+        write_(row, left, right);
+    }
+
+  private:
+    Writer write_;
+    const Linear &op_;
+    int64_t first_, last_;
+};
+
+// A thread's room for one panel of bfloat16.
+uint16_t *room_for_panel(const Weight &w) {
+    struct alignas(64) Line {
+        uint16_t values[PANEL];
+    };
+    static thread_local std::vector<Line> lines;
+    if (int64_t(lines.size()) < w.k) lines.resize(w.k);
+    return lines[0].values;
+}
+
 #if LLMTOOL_AMX
+
+// A compact panel's values, without its exceptions, until the thread asks for another's.
+const uint16_t *decoded_panel(const Weight &w, int64_t panel) {
+    uint16_t *values = room_for_panel(w);
+    CompactReader reader(panel_data(w, panel));
+    for (int64_t u = 0; u < w.k / 2; u += 2) reader.copy_two(values + u * COMPACT_UNIT);
+    return values;
+}
+
+bool tiles_serve(const Linear &op, int64_t rows) {
+    return op.weight.k % TILE_K == 0 && rows >= TILE_ROWS && tiles_allowed();
+}
 
 // The rows of a task that fill tiles; returns the first that does not. 16 rows always go through tiles and fewer
 // never, so that which of them a row goes through depends on the number of rows, and its sum in the last bits.
-int64_t tile_rows(const Linear &op, int64_t first, int64_t last, int64_t panel) {
-    if (op.weight.k % TILE_K || last - first < TILE_ROWS || !tiles_allowed()) return first;
+template <class W>
+int64_t tile_rows(const Linear &op, int64_t first, int64_t last, const uint16_t *w, const W &write) {
     const uint16_t *x = static_cast<const uint16_t *>(op.x);
-    const uint16_t *w = reinterpret_cast<const uint16_t *>(panel_data(op.weight, panel));
     alignas(64) float out[2 * TILE_ROWS][PANEL];
-    Writer write{op, panel};
     tiles_begin();
     while (last - first >= TILE_ROWS) {
         const uint16_t *a = x + first * op.x_stride;
@@ -118,6 +164,73 @@ void dense_task(const Linear &op, int64_t first, int64_t last, int64_t panel, in
         else
             tile<E, ROWS>(a, op.x_stride, w, op.weight.k / E::KU, acc, NoFetch());
         for (int m = 0; m < ROWS; m++) write(row + m, acc[m][0], acc[m][1]);
+    });
+}
+
+// A few rows: values go from memory into products, never to memory again.
+template <int ROWS>
+void compact_rows(const Linear &op, int64_t first, int64_t panel, int64_t next_panel) {
+    const uint8_t *next = next_panel < 0 ? nullptr : panel_data(op.weight, next_panel);
+    const uint16_t *x = static_cast<const uint16_t *>(op.x) + first * op.x_stride;
+    Accumulators<Bfloat16, ROWS> acc = {};
+    if (ROWS >= 3 && next != nullptr)
+        compact_tile<ROWS>(x, op.x_stride, panel_data(op.weight, panel), op.weight.k / 2, acc, FetchCompact{next});
+    else
+        compact_tile<ROWS>(x, op.x_stride, panel_data(op.weight, panel), op.weight.k / 2, acc, NoFetch());
+    CompactWriter write(op, panel);
+    for (int m = 0; m < ROWS; m++) write(first + m, acc[m][0], acc[m][1]);
+}
+
+// ROWS rows that decode the panel on its way, `next` being the panel after it. kept: room for the whole panel decoded,
+// or null. Functions of their own: one with all of them inside is too big for GCC to keep sums in registers.
+template <int ROWS>
+__attribute__((noinline)) void compact_block(const Linear &op, int64_t row, int64_t panel, const uint8_t *next,
+                                             uint16_t *kept) {
+    const uint16_t *x = static_cast<const uint16_t *>(op.x) + row * op.x_stride;
+    const uint8_t *w = panel_data(op.weight, panel);
+    const int64_t units = op.weight.k / 2;
+    alignas(64) uint16_t chunk[CHUNK * COMPACT_UNIT];
+    Accumulators<Bfloat16, ROWS> acc = {};
+    if (kept != nullptr)
+        compact_tile_through<ROWS>(x, op.x_stride, w, units, kept, units, acc, NoFetch());
+    else
+        compact_tile_through<ROWS>(x, op.x_stride, w, units, chunk, CHUNK, acc, FetchCompact{next});
+    CompactWriter write(op, panel);
+    for (int m = 0; m < ROWS; m++) write(row + m, acc[m][0], acc[m][1]);
+}
+
+// ROWS rows that find it decoded. next: null where it is not these rows' to fetch.
+template <int ROWS>
+__attribute__((noinline)) void decoded_block(const Linear &op, int64_t row, int64_t panel, const uint8_t *next,
+                                             const uint16_t *w) {
+    const uint16_t *x = static_cast<const uint16_t *>(op.x) + row * op.x_stride;
+    Accumulators<Bfloat16, ROWS> acc = {};
+    if (next != nullptr)
+        tile<Bfloat16, ROWS>(x, op.x_stride, w, op.weight.k / 2, acc, FetchCompact{next});
+    else
+        tile<Bfloat16, ROWS>(x, op.x_stride, w, op.weight.k / 2, acc, NoFetch());
+    CompactWriter write(op, panel);
+    for (int m = 0; m < ROWS; m++) write(row + m, acc[m][0], acc[m][1]);
+}
+
+// More rows: the first block of them decodes the panel, into the second-level cache for the others.
+void compact_task(const Linear &op, int64_t first, int64_t last, int64_t panel, int64_t next_panel) {
+    const int64_t rows = last - first;
+    if (rows == 1) return compact_rows<1>(op, first, panel, next_panel);
+    if (rows == 2) return compact_rows<2>(op, first, panel, next_panel);
+    if (rows == 3) return compact_rows<3>(op, first, panel, next_panel);
+    const uint8_t *next = panel_data(op.weight, next_panel < 0 ? panel : next_panel);
+    uint16_t *decoded = nullptr;
+    int64_t block = rows;
+    if (rows > THROUGH_ROWS) {
+        decoded = room_for_panel(op.weight);
+        block = rows <= 2 * THROUGH_ROWS ? (rows + 1) / 2 : THROUGH_ROWS;
+    }
+    with_rows<THROUGH_ROWS>(block, [&](auto constant) {
+        compact_block<decltype(constant)::value>(op, first, panel, next, decoded);
+    });
+    for_blocks(first + block, last, [&](auto constant, int64_t row, bool is_last) {
+        decoded_block<decltype(constant)::value>(op, row, panel, is_last ? next : nullptr, decoded);
     });
 }
 
@@ -238,6 +351,12 @@ void unpack_row(const Weight &w, int64_t row, float scale, float *out) {
     if (w.format == PANEL_F32) {
         const float *values = reinterpret_cast<const float *>(data) + column;
         for (int64_t k = 0; k < w.k; k++) out[k] = scale * values[k * PANEL];
+    } else if (w.format == PANEL_COMPACT) {
+        for (int64_t k = 0; k < w.k; k++)
+            out[k] = scale * bf16_to_f32(compact_at(data, k / 2, int(2 * column + k % 2)));
+        for (int64_t i = w.starts[row / PANEL]; i < w.starts[row / PANEL + 1]; i++)
+            if (w.exceptions[i].column == column)
+                out[w.exceptions[i].k] = scale * bf16_to_f32(w.exceptions[i].value);
     } else if (w.format == PANEL_BF16) {
         const uint16_t *pairs = reinterpret_cast<const uint16_t *>(data) + 2 * column;
         for (int64_t k = 0; k < w.k; k++) out[k] = scale * bf16_to_f32(pairs[k / 2 * PAIRS + k % 2]);
@@ -255,9 +374,9 @@ void unpack_row(const Weight &w, int64_t row, float scale, float *out) {
     }
 }
 
+// Panel number `panel` of a matrix, to out.
 template <class E>
 void pack_floats(const typename E::T *src, int64_t n, int64_t k, bool gated, typename E::T *out, int64_t panel) {
-    out += panel * PANEL * k;
     for (int64_t c = 0; c < PANEL; c++) {
         int64_t row = panel * PANEL + c, limit = n;
         if (gated) {  // gate and up of the same 16 outputs side by side
@@ -276,6 +395,7 @@ bool linear_valid(const Linear &op) {
     const Weight &w = op.weight;
     if (op.epilogue == ADD && op.out_type != F32) return false;
     if (w.format == PANEL_F32) return op.x_type == F32;
+    if (w.format == PANEL_COMPACT) return op.x_type == BF16 && w.k % 4 == 0;
     if (w.format == PANEL_BF16) return op.x_type == BF16 && w.k % 2 == 0;
     return w.group % 8 == 0 && w.k % w.group == 0 && w.group <= MAX_GROUP;
 }
@@ -296,9 +416,20 @@ void linear_task(const Linear &op, int64_t rows, int64_t task, int64_t next, uin
 #endif
     if (quantized) return quantized_task<Float32>(op, first, last, panel);
     int64_t next_panel = next < 0 ? -1 : next % count;
+    if (op.weight.format == PANEL_COMPACT) {
+#if LLMTOOL_AMX
+        if (tiles_serve(op, last - first))
+            first = tile_rows(op, first, last, decoded_panel(op.weight, panel), CompactWriter(op, panel));
+        if (first == last) return;
+#endif
+        return compact_task(op, first, last, panel, next_panel);
+    }
     if (op.x_type == BF16) {
 #if LLMTOOL_AMX
-        first = tile_rows(op, first, last, panel);
+        if (tiles_serve(op, last - first)) {
+            const uint16_t *w = reinterpret_cast<const uint16_t *>(panel_data(op.weight, panel));
+            first = tile_rows(op, first, last, w, Writer{op, panel});
+        }
         if (first == last) return;
 #endif
         return dense_task<Bfloat16>(op, first, last, panel, next_panel);
@@ -311,11 +442,21 @@ void embed_rows(const Embed &op, const int64_t *ids, int64_t first, int64_t last
         unpack_row(op.table, ids[i], float(op.scale), op.out + i * op.out_stride);
 }
 
+int64_t pack_compact_panel(const void *src, int64_t n, int64_t k, bool gated, void *out, Exception *exceptions,
+                           int64_t room, int64_t panel) {
+    static thread_local std::vector<uint16_t> values;
+    values.resize(PANEL * k);
+    pack_floats<Bfloat16>(static_cast<const uint16_t *>(src), n, k, gated, values.data(), panel);
+    return compact_panel(values.data(), k, static_cast<uint8_t *>(out) + panel * compact_bytes(k), exceptions, room);
+}
+
 void pack_panel(int64_t format, const void *src, int64_t n, int64_t k, bool gated, void *out, int64_t panel) {
+    const int64_t at = panel * PANEL * k;
     if (format == PANEL_F32)
-        pack_floats<Float32>(static_cast<const float *>(src), n, k, gated, static_cast<float *>(out), panel);
+        pack_floats<Float32>(static_cast<const float *>(src), n, k, gated, static_cast<float *>(out) + at, panel);
     else
-        pack_floats<Bfloat16>(static_cast<const uint16_t *>(src), n, k, gated, static_cast<uint16_t *>(out), panel);
+        pack_floats<Bfloat16>(static_cast<const uint16_t *>(src), n, k, gated, static_cast<uint16_t *>(out) + at,
+                              panel);
 }
 
 }  // namespace llmtool

@@ -7,6 +7,8 @@
 // tile() is the one inner loop of all products. It adds up k in order, for each output alone, whatever the number
 // of rows: a row's result does not depend on which other rows were computed with it.
 #pragma once
+#include <algorithm>
+
 #include "simd.h"
 
 namespace llmtool {
@@ -149,8 +151,8 @@ struct Constant {
     static constexpr int value = N;
 };
 
-// Call f(Constant<rows>) for rows in 1..MAX_TILE_ROWS.
-template <class F>
+// Call f(Constant<rows>) for rows in 1..MOST.
+template <int MOST = MAX_TILE_ROWS, class F>
 LLMTOOL_INLINE void with_rows(int64_t rows, F &&f) {
     switch (rows) {
         case 1: return f(Constant<1>());
@@ -161,10 +163,10 @@ LLMTOOL_INLINE void with_rows(int64_t rows, F &&f) {
         case 6: return f(Constant<6>());
         case 7: return f(Constant<7>());
         case 8: return f(Constant<8>());
-        case 9: return f(Constant<9>());
-        case 10: return f(Constant<10>());
-        case 11: return f(Constant<11>());
-        case 12: return f(Constant<12>());
+        case 9: return f(Constant<std::min(9, MOST)>());
+        case 10: return f(Constant<std::min(10, MOST)>());
+        case 11: return f(Constant<std::min(11, MOST)>());
+        case 12: return f(Constant<std::min(12, MOST)>());
     }
 }
 

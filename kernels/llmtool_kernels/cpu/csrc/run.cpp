@@ -104,11 +104,15 @@ int64_t llmtool_run(const Op *ops, int64_t num_ops, const Step *step, int64_t th
     return 0;
 }
 
-void llmtool_pack(int64_t format, const void *src, int64_t n, int64_t k, int64_t gated, void *out,
-                  int64_t threads) {
+void llmtool_pack(int64_t format, const void *src, int64_t n, int64_t k, int64_t gated, void *out, int64_t *counts,
+                  Exception *exceptions, int64_t room, int64_t threads) {
     int64_t panels = (n + PANEL - 1) / PANEL;
     Team::instance().run({panels}, threads, [&](int64_t, int64_t panel, int64_t) {
-        pack_panel(format, src, n, k, gated != 0, out, panel);
+        if (format == PANEL_COMPACT)
+            counts[panel] =
+                pack_compact_panel(src, n, k, gated != 0, out, exceptions + panel * room, room, panel);
+        else
+            pack_panel(format, src, n, k, gated != 0, out, panel);
     });
 }
 
