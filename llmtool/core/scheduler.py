@@ -19,6 +19,7 @@ from llmtool.config import SchedulerConfig
 from llmtool.core.admission import Admission
 from llmtool.core.commit import Committer
 from llmtool.core.memory.allocator import Extension, KVAllocator, OutOfPages
+from llmtool.core.memory.geometry import STATES
 from llmtool.core.ports import Drafts, NewRequest, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import FinishReason, Request, RequestStatus, SamplingParams, SequenceOutput
 from llmtool.core.roster import Roster, is_idle
@@ -29,7 +30,7 @@ SEATS = "seats"  # what is short when max_num_seqs run; otherwise it is a page t
 
 class Scheduler:
     """config: limits and policies. allocator: KV memory. eos_token_ids: the model's ends of sequence. drafts: where
-    they come from; None is no speculation."""
+    they come from; None is no speculation, and for layers with a state there is none whatever is given."""
 
     def __init__(
         self,
@@ -46,7 +47,9 @@ class Scheduler:
         self._committer = Committer(self._roster)
         self._submitted: deque[tuple[SchedulerOutput, list[Request]]] = deque()
         self._step_id = 0
-        self._drafts = drafts
+        # A recurrent state cannot be rolled back: it has gone over the tokens that were wrong.
+        states = any(layer.kind in STATES for group in allocator.groups for layer in group.layers)
+        self._drafts = None if states else drafts
         self._drafted = 0  # draft tokens of the last step
 
     # -- requests come and go ------------------------------------------------------------------------------

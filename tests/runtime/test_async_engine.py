@@ -345,3 +345,35 @@ def test_the_memory_s_ledger_is_read_between_steps() -> None:
             await engine.memory()
 
     run(body)
+
+
+def test_speculation_through_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Several tokens a step reach the caller, the counters come over the pipe, and what was learned is kept."""
+    monkeypatch.setenv("LLMTOOL_CACHE", str(tmp_path))
+
+    async def body() -> None:
+        prompt = [5, 6, 7, 8]
+        for spec in ("4", "auto"):
+            async with started(spec=spec) as engine:
+                for i in range(3):  # the same request again: its text is in the corpus
+                    params = SamplingParams(max_tokens=30, temperature=0, seed=3)
+                    assert await tokens_of(await engine.add(f"r{i}", prompt, params)) == {
+                        0: expected(prompt, 30, 3)
+                    }
+                await idle(engine)
+                counters = engine.stats.spec
+                assert counters is not None and counters.explain is not None
+                assert counters.explain["controller"] == spec
+                if spec == "4":
+                    assert counters.accepted_tokens > 30
+        async with started() as engine:
+            assert await tokens_of(await engine.add("r", prompt, SamplingParams(max_tokens=3, spec=2)))
+            assert engine.stats.spec is None
+        for bad in ({"spec": "sometimes"}, {"spec": "auto", "proposer": "eagle"}):
+            with pytest.raises(UsageError):
+                async with started(**bad):
+                    pass
+
+    run(body)
+    (kept,) = (tmp_path / "speculation").iterdir()
+    assert kept.name.startswith("auto-cpu-1-float32")

@@ -6,15 +6,20 @@ from __future__ import annotations
 import io
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmtool.config import SchedulerConfig
 from llmtool.core.engine import Engine
+from llmtool.core.memory.geometry import LayerCacheSpec
+from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import SchedulerOutput, VirtualClock
 from llmtool.core.request import BeamParams, SamplingParams
+from llmtool.core.scheduler import Scheduler
 from llmtool.core.speculation.auto import AutoController
 from llmtool.core.speculation.controllers import (
     Controller,
@@ -28,7 +33,7 @@ from llmtool.core.speculation.suffix import SuffixProposer
 from llmtool.core.steplog import StepLogWriter, replay
 from llmtool.errors import RequestError
 from tests.core.speculation.drafters import Knowing
-from tests.support.core import VOCAB, MemoryExecutor, expected, make_engine, next_token
+from tests.support.core import VOCAB, MemoryExecutor, expected, group, make_engine, next_token
 
 SEEDS = {str(i): i for i in range(100)}
 
@@ -178,6 +183,21 @@ def test_without_speculation_a_step_has_no_drafts_and_no_counters() -> None:
         engine.step()
         run_off += [(entry.num_tokens, entry.draft, entry.keep_pages) for entry in engine.last_step.scheduled]  # type: ignore[union-attr]
     assert run_off == [(5, (), ()), *[(1, (), ())] * 8]
+    assert engine.stats.spec is None
+
+
+def test_layers_with_a_state_are_not_speculated_on() -> None:
+    """What they hold of wrong tokens cannot be taken back."""
+    kv_group = group(4)
+    state = LayerCacheSpec(2, 0, 0, 0, 4, kind="recurrent", state_bytes=512)
+    allocator = UniformAllocator(replace(kv_group, layers=(*kv_group.layers, state)), 40)
+    drafts = Speculator(FixedController(4), Knowing(truth, 1.0))
+    scheduler = Scheduler(SchedulerConfig(8, 16, 64), allocator, (), drafts)
+    engine = Engine(scheduler, MemoryExecutor(kv_group), VirtualClock())
+    engine.add("0", [1, 2, 3], SamplingParams(max_tokens=12))
+    while engine.has_work:
+        engine.step()
+        assert not any(entry.draft for entry in engine.last_step.scheduled)  # type: ignore[union-attr]
     assert engine.stats.spec is None
 
 
