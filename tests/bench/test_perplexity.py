@@ -114,7 +114,7 @@ def test_from_the_command_with_a_baseline(
     document = json.loads(capsys.readouterr().out)
     assert document == json.loads(out.read_text())
     assert document["dtype"] == "bfloat16" and document["baseline"]["dtype"] == "float32"
-    assert document["weight_bytes"] * 2 == document["baseline"]["weight_bytes"]
+    assert 2 <= document["baseline"]["weight_bytes"] / document["weight_bytes"] < 32 / 12
     text = tokenized("t", file.read_text(), tiny_words(), 150)
     expected = reference(tiny, text, 50, 25)
     assert document["baseline"]["nll_per_token"] == pytest.approx(expected.mean(), abs=1e-4)

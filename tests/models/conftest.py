@@ -195,7 +195,10 @@ def build(name: str, **sizes: Any) -> transformers.PreTrainedModel:
     """A model whose every parameter is random: norms and biases too, or a forgotten one would not show."""
     config_class, settings = FAMILIES[name]
     # Copied: transformers keeps and changes the tables it is given.
-    config = getattr(transformers, config_class)(**copy.deepcopy({**SIZES, **settings, **sizes}))
+    chosen = copy.deepcopy({**SIZES, **settings, **sizes})
+    if "layer_types" in chosen:
+        chosen["layer_types"] = chosen["layer_types"][: chosen["num_hidden_layers"]]
+    config = getattr(transformers, config_class)(**chosen)
     torch.manual_seed(len(name))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():

@@ -122,7 +122,8 @@ def test_the_context_follows_the_memory(directory: Path) -> None:
 
 def test_bf16_runs(directory: Path) -> None:
     parts, _ = build(directory, dtype="bfloat16")
-    assert 2 <= parts.info.weight_bytes / parts.info.num_parameters < 1.1 * 2  # panels are padded
+    # Between 12 bits a value, where bfloat16 is compact, and 16, in panels that are padded.
+    assert 1.5 <= parts.info.weight_bytes / parts.info.num_parameters < 1.1 * 2
     params = SamplingParams(temperature=0.7, max_tokens=12, ignore_eos=True, logprobs=3)
     assert len(answer(engine_of(parts), [5, 6, 7], params)) == 12
 
