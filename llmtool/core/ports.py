@@ -16,10 +16,12 @@ from llmtool.core.request import SamplingParams, TokenLogprob
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """Copy one page; src and dst are table entries (offsets in UNIT bytes) in the memories the list implies."""
+    """Copy one page of a KV group; src and dst are table entries (offsets in UNIT bytes) in the memories the list
+    implies."""
 
     src: int
     dst: int
+    group: int = 0
 
 
 @dataclass(slots=True)

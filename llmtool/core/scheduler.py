@@ -250,25 +250,31 @@ class Scheduler:
         """Give an admitted sequence its first pages. Raises OutOfPages, and nothing is changed."""
         # Running sequences will want their next pages soon. Half a page each is within 2 % of the best throughput
         # on chat-like and instruction-like lengths; none costs 5 % in preemptions, a whole one idles pages.
-        headroom = len(self._roster.running) // 2
+        headroom = self.allocator.headroom(len(self._roster.running))
         known = len(request.token_ids)
         if request.status == RequestStatus.SWAPPED:
             if self.allocator.available() < self.allocator.pages_for(known) + headroom:
                 raise OutOfPages(
                     self.allocator.pages_for(known) + headroom, self.allocator.available(), "swap"
                 )
-            copies = self.allocator.swap_in(request.id)
+            target = min(known, request.num_submitted + budget)
+            copies = self.allocator.swap_in(request.id, target)
             out.swap_in.extend(copies)
             self._roster.stats.swapped_pages += len(copies)
-            return self.allocator.extend(request.id, min(known, request.num_submitted + budget))
+            return self.allocator.extend(request.id, target)
         parent = request.parent
         if request.status == RequestStatus.WAITING and parent is not None and self._can_fork(parent, request):
             shared = request.num_prompt_tokens - 1
             if self.allocator.available() < headroom + 2:
                 raise OutOfPages(headroom + 2, self.allocator.available(), "fork")
             self.allocator.fork(parent.id, request.id, request.token_ids, shared)
+            try:
+                grown = self.allocator.extend(request.id, min(known, shared + budget))
+            except OutOfPages:  # pages of one type are not those of another
+                self.allocator.preempt(request.id)
+                raise
             request.num_submitted = request.num_cached = shared
-            return self.allocator.extend(request.id, min(known, shared + budget))
+            return grown
         reuse = request.params.prompt_logprobs is None or request.num_output_tokens > 0
         cached = self.allocator.begin(
             request.id, request.token_ids, budget, salt=request.cache_salt, headroom=headroom, reuse=reuse
@@ -280,10 +286,11 @@ class Scheduler:
             self._roster.stats.prefix_hits += cached
         return None
 
-    @staticmethod
-    def _can_fork(parent: Request, child: Request) -> bool:
+    def _can_fork(self, parent: Request, child: Request) -> bool:
         # Computed, not only submitted: a copied page must have been written by an earlier step than the copy.
-        return parent.status == RequestStatus.RUNNING and parent.num_computed >= child.num_prompt_tokens
+        if parent.status != RequestStatus.RUNNING or parent.num_computed < child.num_prompt_tokens:
+            return False
+        return self.allocator.can_fork(parent.id, child.num_prompt_tokens - 1)
 
     def _submit(
         self,

@@ -17,6 +17,9 @@ import torch
 
 from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import uniform_group
+from llmtool.core.memory.model import ModelGeometry
+from llmtool.core.memory.select import plan_of
+from llmtool.core.memory.tables import PlanPages
 from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import SamplingParams, TokenLogprob
 from llmtool.errors import LLMToolError, ModelError, RequestError
@@ -77,9 +80,9 @@ class TorchExecutor:
     ) -> None:
         self.model = model
         self.store = store
-        self._sequences = SequenceTable([store.group], max_num_seqs, max_model_len)
+        self._sequences = SequenceTable(store.groups, max_num_seqs, max_model_len)
         self._sampling = SamplingRows(max_num_seqs, model.spec.vocab_size, eos_token_ids, model.device)
-        self._layers = {layer: (layout, 0) for layer, layout in store.layouts().items()}
+        self._layers, self._states = store.places(), store.states()
         self._make_compiler = grammars
         self._compiler: GrammarCompiler | None = None
         self._matchers: dict[int, LLMatcher] = {}  # row -> its grammar's state
@@ -103,8 +106,9 @@ class TorchExecutor:
     def warmup(self) -> None:
         """Run a page of prompt and one decoding step, so that the first request finds libraries loaded and
         buffers allocated. Before any request only: it writes page 0."""
-        n = min(self.store.group.tokens_per_page, self._sequences.tokens.shape[1])
-        new = NewRequest("warmup", [0] * n, n, SamplingParams(temperature=0), 0, [[0]])
+        groups = self.store.groups
+        n = min(*(group.tokens_per_page for group in groups), self._sequences.tokens.shape[1])
+        new = NewRequest("warmup", [0] * n, n, SamplingParams(temperature=0), 0, [[0] for _ in groups])
         for entry in (ScheduledRequest("warmup", 0, n, False), ScheduledRequest("warmup", n - 1, 1, True)):
             self.submit(SchedulerOutput(-1, new=[new], scheduled=[entry], num_tokens=entry.num_tokens))
         self.submit(SchedulerOutput(-1, finished=["warmup"]))
@@ -187,7 +191,7 @@ class TorchExecutor:
     def _execute(self, scheduled: list[ScheduledRequest], outcome: _Outcome) -> None:
         rows = self._sequences.apply(scheduled)
         inputs = self._sequences.inputs(scheduled, rows, self.model.device)
-        kv = KVContext(self.store.arena, self._layers, inputs.batches)
+        kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
         hidden = self.model.forward(inputs.input_ids, inputs.positions, kv)  # [N, hidden]
         if self._prompt_logprobs:
             self._score_prompts(scheduled, inputs, hidden, outcome)
@@ -301,11 +305,14 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
         config.quantization,
     )
     spec = model.spec
-    group = uniform_group(spec.layer_cache_specs((kv_dtype or dtype).itemsize), config.block_size)
+    caches = spec.layer_cache_specs((kv_dtype or dtype).itemsize, dtype.itemsize)
+    group = uniform_group(caches, config.block_size)
+    plan = plan_of(ModelGeometry(spec.family, tuple(caches)), config.block_size, config.kv_page_plan)
     limits = config.scheduler(1)
+    sizes = group if plan is None else PlanPages(plan, limits.max_num_batched_tokens)
     activations = activation_bytes(spec, dtype.itemsize, limits.max_num_batched_tokens, limits.max_num_seqs)
     memory, on_cpu = device_memory(device), device.type == "cpu"
-    budget = kv_budget(config, group, spec.max_positions, memory, activations, on_cpu, host_memory().free)
+    budget = kv_budget(config, sizes, spec.max_positions, memory, activations, on_cpu, host_memory().free)
     tokenizer_dir = directory if config.tokenizer is None else _tokenizer_dir(config)
     # Most config.json name the end of sequence; without it, only the tokenizer knows.
     eos = spec.eos_ids or tuple(i for i in [Tokenizer.from_dir(tokenizer_dir).eos_id] if i is not None)
@@ -315,15 +322,15 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
         return GrammarCompiler(grammar_tokenizer(text, spec.vocab_size, eos))
 
     scales = None if kv_dtype is None else checked(model.kv_scales)
-    store = KVStore(group, budget.num_pages, budget.host_pages, device, kv_dtype, scales)
+    groups = (group,) if plan is None else plan.groups
+    pages, host_pages = budget.num_pages, budget.host_pages
+    store = KVStore(groups, pages, host_pages, device, kv_dtype, scales, sizes.page_bytes)
     executor = TorchExecutor(model, store, config.max_num_seqs, budget.max_model_len, eos, grammars)
     progress("Warming up", 1.0)
     executor.warmup()
     scheduler = config.scheduler(budget.max_model_len)
     info = _describe(config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads)
-    return EngineParts(
-        executor, group, budget.num_pages, budget.host_pages, scheduler, info, executor.prepare_grammars
-    )
+    return EngineParts(executor, plan or group, pages, host_pages, scheduler, info, executor.prepare_grammars)
 
 
 def _describe(
@@ -350,13 +357,14 @@ def _describe(
         max_waiting=scheduler.max_waiting,
         num_pages=store.num_pages,
         tokens_per_page=store.group.tokens_per_page,
-        page_bytes=store.group.page_bytes,
+        page_bytes=store.page_bytes,
         host_pages=store.host_pages,
         num_parameters=model.spec.num_parameters,
         weight_bytes=model.weight_bytes,
         activation_bytes=activations,
         num_threads=num_threads,
         kv_cache_dtype=str(store.dtype or model.dtype).removeprefix("torch."),
+        large_pages=len(store.groups) > 1 or store.page_bytes > store.group.page_bytes,
     )
 
 

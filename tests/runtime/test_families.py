@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from llmtool.core.engine import Engine
+from llmtool.core.memory.tables import PlanPages
+from llmtool.core.memory.two_level import TwoLevelAllocator
 from llmtool.core.request import SamplingParams
 from llmtool.models.loader import load
 from tests.models.conftest import FAMILIES, build
@@ -74,6 +77,47 @@ def test_greedy_equals_generate(
 ) -> None:
     tiny, answers = family(name)
     engine = make_engine(tiny, **CONDITIONS[condition])
+    check(engine, answers)
+    stats = engine.stats
+    assert stats.preemptions > 0
+    assert stats.prefix_hits > 0
+    assert (stats.swapped_pages > 0) == ("swap" in condition)
+
+
+# Families with layers that see a window, one of them through transformers' code.
+WINDOWS = ["gemma2", "gemma3", "gpt-oss", "mistral-window", "phi3-window", "qwen2-window", "cohere2"]
+LARGE: dict[str, dict[str, Any]] = {
+    "plenty": {"budget": 16, "num_pages": 300},
+    "chunks and recomputation": {"budget": 13},
+    "swapping": {"host_pages": 60, "budget": 13, "preemption": "swap"},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("plan", ["near", "lcm"])
+@pytest.mark.parametrize("condition", LARGE)
+def test_greedy_equals_generate_over_large_pages(
+    family: Callable[[str], tuple[TinyModel, Expected]], name: str, plan: str, condition: str
+) -> None:
+    """Pages outside a window are given up, and given to others."""
+    tiny, answers = family(name)
+    pages = tiny.plan(4, plan)
+    assert pages is not None
+    # Little more than the longest sequence needs, unless the condition says otherwise.
+    room = {"num_pages": PlanPages(pages, LARGE[condition]["budget"]).pages(LONGEST) * 5 // 4}
+    engine = make_engine(tiny, plan=plan, **room | LARGE[condition])
+    assert isinstance(engine.scheduler.allocator, TwoLevelAllocator)
+    check(engine, answers)
+    stats, keeps_all = engine.stats, None in tiny.decoder.spec.windows
+    if condition == "plenty":
+        assert stats.prefix_hits > 0 and stats.preemptions == 0
+    elif keeps_all:  # a sequence that sees windows only hardly grows
+        assert stats.preemptions > 0
+        assert (stats.swapped_pages > 0) == (condition == "swapping")
+
+
+def check(engine: Engine, answers: Expected) -> None:
+    """All at once; every answer is the one it would get alone."""
     collector = Collector(engine)
     rng = random.Random(1)
     for i, (prompt, tokens) in enumerate(answers):
@@ -83,7 +127,3 @@ def test_greedy_equals_generate(
     collector.drain()
     for i, (_, tokens) in enumerate(answers):
         assert collector.tokens[str(i), 0] == tokens, i
-    stats = engine.stats
-    assert stats.preemptions > 0
-    assert stats.prefix_hits > 0
-    assert (stats.swapped_pages > 0) == ("swap" in condition)
