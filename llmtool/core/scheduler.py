@@ -151,6 +151,11 @@ class Scheduler:
             except OutOfPages:
                 if not self._grow(request, request.num_submitted + count, out):
                     blocked = True
+                    if self._is_alone(request, out):
+                        # Its pages lie scattered among cached ones: begun anew, it has whole large pages.
+                        self._preempt(request, out)
+                        request.compact = True
+                        break
                 position = self._roster.running.index(request) + 1  # preempting moved the others
                 if blocked:
                     continue
@@ -170,6 +175,10 @@ class Scheduler:
                 return False
             self._preempt(victim, out)
         return True
+
+    def _is_alone(self, request: Request, out: SchedulerOutput) -> bool:
+        """Nothing else runs, is under way or could give up pages."""
+        return self._roster.running == [request] and not (self._submitted or out.scheduled)
 
     def _victim(self, request: Request) -> Request | None:
         """The last in order that no submitted step uses; failing that, an older one that waits for its beams."""
@@ -276,10 +285,11 @@ class Scheduler:
             request.num_submitted = request.num_cached = shared
             return grown
         reuse = request.params.prompt_logprobs is None or request.num_output_tokens > 0
+        reuse = reuse and not request.compact
         cached = self.allocator.begin(
             request.id, request.token_ids, budget, salt=request.cache_salt, headroom=headroom, reuse=reuse
         )
-        request.num_submitted = cached
+        request.num_submitted, request.compact = cached, False
         if request.num_preemptions == 0:
             request.num_cached = cached
             self._roster.stats.prefix_queries += known

@@ -11,7 +11,7 @@ class SequencePages:
     """Tables and hash chain of one sequence. An entry of a table is a small page, NONE where it was given up."""
 
     __slots__ = (
-        *("cow", "first", "hashes", "hit", "host", "keep", "known", "length", "names", "prompt"),
+        *("cow", "dear", "first", "hashes", "hit", "host", "keep", "known", "length", "names", "prompt"),
         *("registered", "returned", "rolling", "room", "root", "stale", "superseded", "tables", "token_ids"),
     )
 
@@ -30,6 +30,7 @@ class SequencePages:
         self.room = 0  # growing up to here changes nothing
         self.cow = False  # a partly filled page may be shared: look before writing
         self.keep: frozenset[int] = frozenset()  # boundaries, in blocks, whose states are kept
+        self.dear: frozenset[int] = frozenset()  # those of them that others may well share
         self.names: list[tuple[int, int, int]] = []  # (block, column, page) of states to be named
         self.rolling = -1  # the block whose state was named last
         self.superseded = -1  # the one named before it

@@ -9,7 +9,7 @@ Cached pages age by a clock that counts the bytes worth keeping. What was hit li
 takes to turn over, so that a scan does not displace it. Two kinds of pages go before all others. First what only a
 prompt would need that parts from a sequence far from its end: pages outside windows, states on the way. Then what
 came back after it was evicted: where more is wanted in turn than there is room for, least recently used would keep
-nothing, and so a part stays. One return in four is let in, should the wants have changed.
+nothing, and so a part stays. One return in eight is let in, should the wants have changed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from llmtool.core.memory.tables import (
 )
 from llmtool.core.ports import PageCopy
 
-TAIL = 256  # tokens before a prompt's end at which the next one may part from it and lose little
-LAST = 1 << 40  # what pages of a class that goes first are older by
-LET_IN = 4
+TAIL = 128  # tokens before a prompt's end at which the next one may part from it and lose little
+LAST = 1 << 40  # what pages that go before all others are older by
+LET_IN = 8
 
 
 class TwoLevelAllocator:
@@ -145,9 +145,12 @@ class TwoLevelAllocator:
         size = self.block
         if self.prefix_caching:
             end = len(token_ids) - 1
-            # A question of up to TAIL tokens may differ next time: a state from before it is kept too.
-            ends = (end, (end - TAIL // 4) // TAIL * TAIL, *hints)
-            state.keep = frozenset(n // size for n in ends if n >= size)
+            # A question of up to TAIL tokens may differ next time: the state before it is dearer than the one at
+            # its end, which only the same prompt could use.
+            before = (end - TAIL // 4) // TAIL * TAIL
+            dear = (before if before >= size else end, *hints)
+            state.dear = frozenset(n // size for n in dear if n >= size)
+            state.keep = state.dear | {end // size}
         hit = self._longest_hit(state) if reuse and self.prefix_caching else 0
         returned = self._came_back(state, hit)
         self._take_over(state, hit)
@@ -277,7 +280,7 @@ class TwoLevelAllocator:
                 self._release(page, state, end, low=end < self._tail(state, t))
             elif table[i + 1] != page:
                 self._release(
-                    page, state, end, low=end < state.prompt and end // self.block not in state.keep
+                    page, state, end, low=end < state.prompt and end // self.block not in state.dear
                 )
         state.first[t.group] = first
 
@@ -401,6 +404,7 @@ class TwoLevelAllocator:
 
     def _release(self, page: int, state: SequencePages, depth: int, low: bool = False) -> None:
         stamp, keep = self._clock, page in self._index
+        low = low and depth > state.hit * self.block
         if low:
             stamp -= 2 * LAST
         elif depth <= state.hit * self.block:
@@ -512,7 +516,7 @@ class TwoLevelAllocator:
         full = num_tokens // self.block
         state.hashes = source.hashes[:full]
         state.registered = min(full, source.registered)
-        state.hit, state.keep, state.rolling = min(full, source.hit), source.keep, -1
+        state.hit, state.keep, state.dear = min(full, source.hit), source.keep, source.dear
         state.length = state.known = num_tokens
         state.cow = source.cow = True
         state.room = source.room = 0
