@@ -22,8 +22,8 @@ from common import save
 
 from llmtool.core.memory.allocator import OutOfPages
 from llmtool.core.memory.arena import Arena
-from llmtool.core.memory.catalogue import geometry_of
 from llmtool.core.memory.page_plan import PagePlan, plan_pages
+from llmtool.sim.catalogue import geometry_of
 
 BUDGETS_GIB = (24, 32, 48)  # KV memory of an 80 GB card beside 16 GB of weights, and less
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from common import save
 
-from llmtool.core.memory.catalogue import CATALOGUE, UNCHECKED
 from llmtool.core.memory.page_plan import MODES, PagePlan, plan_pages
 from llmtool.errors import InfeasibleError
+from llmtool.modelspec.catalogue import names
+from llmtool.sim.catalogue import geometry_of
 
 LENGTHS = {"1k": 1024, "8k": 8192, "32k": 32768, "128k": 131072}
 SPANS = {"worst_1k_8k": range(1024, 8192, 7), "worst_8k_128k": range(8192, 131073, 997)}
@@ -32,8 +33,8 @@ def percent(plan: PagePlan, length: int) -> float:
 
 
 def row(name: str, mode: str) -> dict[str, object]:
-    geometry = CATALOGUE[name]
-    entry: dict[str, object] = {"model": name, "plan": mode, "checked_config": name not in UNCHECKED}
+    geometry = geometry_of(name)
+    entry: dict[str, object] = {"model": name, "plan": mode}
     try:
         plan = plan_pages(geometry, mode=mode)  # type: ignore[arg-type]
     except InfeasibleError as error:
@@ -46,12 +47,12 @@ def row(name: str, mode: str) -> dict[str, object]:
 def main() -> None:
     known = []
     for name, text, image, published in KNOWN:
-        ours = 100 * plan_pages(CATALOGUE[name], 1, mode="uniform").waste(text, image)
+        ours = 100 * plan_pages(geometry_of(name), 1, mode="uniform").waste(text, image)
         known.append(
             {"model": name, "text": text, "image": image, "published": published, "ours": round(ours, 2)}
         )
         print(f"{name}: {ours:.2f} % (published: {published} %)")
-    table = [row(name, mode) for name in CATALOGUE for mode in MODES]
+    table = [row(name, mode) for name in names() for mode in MODES]
     for entry in table:
         print(
             entry["model"], entry["plan"], entry.get("waste_percent", "refused"), entry.get("worst_1k_8k", "")
@@ -63,7 +64,7 @@ def main() -> None:
         for label, target in TARGETS.items()
         if e["waste_percent"][label] > target  # type: ignore[index]
     ]
-    plans = {name: plan_pages(geometry).explain() for name, geometry in CATALOGUE.items()}
+    plans = {name: plan_pages(geometry_of(name)).explain() for name in names()}
     save(
         "memory_waste",
         {

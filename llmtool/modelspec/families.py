@@ -199,6 +199,11 @@ FAMILIES: dict[str, Family] = {
         {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
         types=_all_slide,
     ),
+    "MinistralForCausalLM": Family(
+        "ministral",
+        {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+        types=_all_slide,
+    ),
     "Qwen2ForCausalLM": Family(
         "qwen2",
         {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},

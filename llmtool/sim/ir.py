@@ -16,8 +16,10 @@ from llmtool.modelspec import AttentionSpec, DenseSpec, ModelSpec, MoESpec
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Softmax attention. window: tokens that a token sees, None for all. latent: (q_rank or 0, kv_rank, nope, rope,
-    v) of multi-head latent attention, whose cache is one row of kv_rank + rope per token."""
+    """Softmax attention. window: tokens that a token sees, None for all; chunk: it sees those of its own chunk.
+    latent: (q_rank or 0, kv_rank, nope, rope, v) of multi-head latent attention, whose cache is one row of
+    kv_rank + rope per token. v_head_dim: of the values, where it is not head_dim. cross: over image tokens; a
+    prompt without images skips it. shared: reads the KV of a layer before it, and has no projections for it."""
 
     heads: int
     kv_heads: int
@@ -25,25 +27,55 @@ class Attention:
     window: int | None = None
     latent: tuple[int, int, int, int, int] | None = None
     gated: bool = False  # an output gate as wide as the queries (Qwen3-Next)
+    chunk: int | None = None
+    v_head_dim: int = 0
+    cross: bool = False
+    shared: bool = False
+
+    @property
+    def v_dim(self) -> int:
+        return self.v_head_dim or self.head_dim
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Columns of the query (with its gate) and key-value projections, rows of the output projection."""
+        kv = 0 if self.shared else self.kv_heads * (self.head_dim + self.v_dim)
+        return self.heads * self.head_dim * (2 if self.gated else 1), kv, self.heads * self.v_dim
+
+    def seen(self, context: float) -> float:
+        """Tokens that the newest of `context` reads."""
+        if self.chunk is not None and context > 0:
+            return (context - 1) % self.chunk + 1
+        return context if self.window is None else min(context, self.window)
 
 
 @dataclass(frozen=True, slots=True)
 class Recurrent:
     """A layer with a state of fixed size: gated delta net, Mamba, short convolution. in_width: columns of its input
-    projection; out_width: rows of its output projection; state: elements of a sequence's state, in state_bytes
-    each.
+    projection; out_width: rows of its output projection. A sequence's state has `state` numbers in float32 and
+    `conv` inputs of the convolution in 16 bits.
     """
 
     in_width: int
     out_width: int
     heads: int
     state: int
-    state_bytes: int = 4
+    conv: int
+
+    @property
+    def state_bytes(self) -> int:
+        return 4 * self.state + 2 * self.conv
+
+    @property
+    def kind(self) -> str:
+        """As LayerCacheSpec has it."""
+        return "recurrent" if self.state else "short_conv"
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    inner: int  # neurons; gate, up and down are three matrices of it
+    inner: int  # neurons
+    matrices: int = 3  # gate, up and down; without a gate two
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +88,17 @@ class MoE:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """One layer. extra: parameters of its norms, biases and the like."""
+    """One layer. extra: parameters of its norms, biases and the like. beside: a second mixer that reads what the
+    first does, and whose output is added to its (Falcon-H1)."""
 
     mixer: Attention | Recurrent | None
     mlp: Dense | MoE | None
     extra: int = 0
+    beside: Recurrent | None = None
+
+    @property
+    def mixers(self) -> tuple[Attention | Recurrent, ...]:
+        return tuple(m for m in (self.mixer, self.beside) if m is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,15 +128,14 @@ class ModelIR:
             q = mixer.heads * (nope + rope)
             queries = self.hidden * q_rank + q_rank * q if q_rank else self.hidden * q
             return queries + self.hidden * (rank + rope) + mixer.heads * ((nope + v) * rank + v * self.hidden)
-        q = mixer.heads * mixer.head_dim
-        return self.hidden * (q * (3 if mixer.gated else 2) + 2 * mixer.kv_heads * mixer.head_dim)
+        return self.hidden * sum(mixer.widths)
 
     def mlp_parameters(self, mlp: Dense | MoE | None, active: bool = False) -> int:
         """active: only those that one token meets."""
         if mlp is None:
             return 0
         if isinstance(mlp, Dense):
-            return 3 * self.hidden * mlp.inner
+            return mlp.matrices * self.hidden * mlp.inner
         experts = mlp.top_k if active else mlp.experts
         return self.hidden * (3 * (experts * mlp.inner + mlp.shared) + mlp.experts)
 
@@ -109,7 +146,8 @@ class ModelIR:
     @property
     def num_parameters(self) -> int:
         blocks = sum(
-            self.mixer_parameters(b.mixer) + self.mlp_parameters(b.mlp) + b.extra for b in self.blocks
+            sum(self.mixer_parameters(m) for m in b.mixers) + self.mlp_parameters(b.mlp) + b.extra
+            for b in self.blocks
         )
         return blocks + self.embedding_parameters * (1 if self.tied else 2) + self.hidden
 
@@ -117,7 +155,8 @@ class ModelIR:
     def active_parameters(self) -> int:
         """Multiplied per token: without the embedding, with the head."""
         blocks = sum(
-            self.mixer_parameters(b.mixer) + self.mlp_parameters(b.mlp, active=True) for b in self.blocks
+            sum(self.mixer_parameters(m) for m in b.mixers) + self.mlp_parameters(b.mlp, active=True)
+            for b in self.blocks
         )
         return blocks + self.embedding_parameters
 
@@ -147,7 +186,9 @@ def native_dtype(config: Mapping[str, Any]) -> str:
 
 
 def from_spec(spec: ModelSpec, name: str, native: str = "bf16") -> ModelIR:
-    blocks = tuple(Block(_mixer(spec.attention, layer.window), _mlp(layer.mlp)) for layer in spec.layers)
+    blocks = tuple(
+        Block(_mixer(spec.attention_of(layer), layer.window), _mlp(layer.mlp)) for layer in spec.layers
+    )
     bare = ModelIR(
         name,
         spec.hidden_size,
@@ -168,7 +209,9 @@ def from_spec(spec: ModelSpec, name: str, native: str = "bf16") -> ModelIR:
     )
 
 
-def _mixer(a: AttentionSpec, window: int | None) -> Attention:
+def _mixer(a: AttentionSpec, window: int | None) -> Attention | None:
+    if not a.num_heads:
+        return None  # pruned away
     latent = None
     if a.latent is not None:
         t = a.latent

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmtool.core.memory.geometry import KVCacheGroup, LayerCacheSpec, uniform_group
+from llmtool.core.memory.geometry import STATES, KVCacheGroup, LayerCacheSpec, uniform_group
+from llmtool.core.memory.model import ModelGeometry
 from llmtool.hardware import DeviceSpec
 from llmtool.sim.deployment import Deployment
 from llmtool.sim.ir import Attention, Block, Dense, ModelIR, MoE, Recurrent
@@ -35,19 +36,15 @@ class DeviceMemory:
         return max(0, self.pages) * self.group.tokens_per_page
 
 
-def mixer_weights(ir: ModelIR, block: Block, tp: int) -> float:
-    """Parameters of a block's mixer on one of tp devices. KV heads and latent down-projections that are fewer than
-    devices are repeated."""
-    mixer = block.mixer
-    if mixer is None:
-        return 0.0
+def mixer_weights(ir: ModelIR, mixer: Attention | Recurrent, tp: int) -> float:
+    """Parameters of a mixer on one of tp devices. KV heads and latent down-projections that are fewer than devices
+    are repeated."""
     if isinstance(mixer, Recurrent):
         return ir.hidden * (mixer.in_width + mixer.out_width) / tp
     if mixer.latent is not None:
         return module_weights(mixer.latent, mixer.heads // tp, ir.hidden)
-    q = mixer.heads * mixer.head_dim / tp
-    kv = max(1.0, mixer.kv_heads / tp) * mixer.head_dim
-    return ir.hidden * (q * (3 if mixer.gated else 2) + 2 * kv)
+    q, kv, out = mixer.widths
+    return ir.hidden * ((q + out) / tp + kv / min(tp, mixer.kv_heads))
 
 
 def mlp_weights(ir: ModelIR, block: Block, plan: ParallelPlan) -> float:
@@ -55,7 +52,7 @@ def mlp_weights(ir: ModelIR, block: Block, plan: ParallelPlan) -> float:
     if mlp is None:
         return 0.0
     if isinstance(mlp, Dense):
-        return 3.0 * ir.hidden * mlp.inner / plan.stage
+        return float(mlp.matrices) * ir.hidden * mlp.inner / plan.stage
     return ir.hidden * (3.0 * (mlp.experts * mlp.inner + mlp.shared) / plan.stage + mlp.experts)
 
 
@@ -65,9 +62,8 @@ def stage_weights(ir: ModelIR, plan: ParallelPlan, first: int, count: int, dtype
     narrow, wide = WEIGHT_BYTES[dtype], 2.0
     total = 0.0
     for block in ir.blocks[first : first + count]:
-        total += (
-            mixer_weights(ir, block, plan.tp) + mlp_weights(ir, block, plan)
-        ) * narrow + block.extra * wide
+        mixers = sum(mixer_weights(ir, mixer, plan.tp) for mixer in block.mixers)
+        total += (mixers + mlp_weights(ir, block, plan)) * narrow + block.extra * wide
         if isinstance(block.mlp, MoE):
             total += ir.hidden * block.mlp.experts * (wide - narrow)
     vocabulary = ir.embedding_parameters / plan.stage * wide
@@ -81,26 +77,48 @@ def stage_weights(ir: ModelIR, plan: ParallelPlan, first: int, count: int, dtype
 
 
 def kv_layers(ir: ModelIR, plan: ParallelPlan, first: int, count: int, kv_dtype: str) -> list[LayerCacheSpec]:
-    """What the layers of a stage cache per token on one device."""
-    specs = []
-    for i, block in enumerate(ir.blocks[first : first + count]):
-        mixer = block.mixer
-        if not isinstance(mixer, Attention):
-            continue
-        size = KV_BYTES[kv_dtype]
-        if mixer.latent is not None:
-            specs.append(LayerCacheSpec(i, 1, mixer.latent[1] + mixer.latent[3], 0, size, "mla"))
-        else:
-            heads = max(1, mixer.kv_heads // plan.tp)
-            kind = "full" if mixer.window is None else "sliding_window"
-            specs.append(LayerCacheSpec(i, heads, mixer.head_dim, mixer.head_dim, size, kind))
+    """What the attention layers of a stage cache per token on one device; layers are numbered from `first`."""
+    specs = cache_specs(ir, plan.tp, kv_dtype)
+    return [s for s in specs if first <= s.layer < first + count and s.kind not in STATES]
+
+
+def cache_specs(ir: ModelIR, tp: int = 1, kv_dtype: str = "bf16") -> list[LayerCacheSpec]:
+    """What every layer caches on one of tp devices; a layer with two mixers has two. States keep their types."""
+    specs, size = [], KV_BYTES[kv_dtype]
+    for i, block in enumerate(ir.blocks):
+        for mixer in block.mixers:
+            if isinstance(mixer, Recurrent):
+                specs.append(
+                    LayerCacheSpec(i, 0, 0, 0, 2, mixer.kind, state_bytes=-(-mixer.state_bytes // tp))
+                )
+            elif mixer.latent is not None:
+                specs.append(LayerCacheSpec(i, 1, mixer.latent[1] + mixer.latent[3], 0, size, "mla"))
+            else:
+                heads = max(1, mixer.kv_heads // tp)
+                dims = (heads, mixer.head_dim, mixer.v_dim, size)
+                specs.append(LayerCacheSpec(i, *dims, _kind(mixer), window=mixer.window, chunk=mixer.chunk))
     return specs
+
+
+def _kind(mixer: Attention) -> str:
+    if mixer.shared:
+        return "shared"
+    if mixer.cross:
+        return "cross_attention"
+    if mixer.chunk is not None:
+        return "chunked"
+    return "full" if mixer.window is None else "sliding_window"
+
+
+def geometry(ir: ModelIR, tp: int = 1, kv_dtype: str = "bf16") -> ModelGeometry:
+    """What a whole model caches on one of tp devices."""
+    return ModelGeometry(ir.name, tuple(cache_specs(ir, tp, kv_dtype)))
 
 
 def state_bytes(ir: ModelIR, plan: ParallelPlan, first: int, count: int) -> float:
     """Of one sequence's recurrent states, on one device of the stage."""
-    mixers = [b.mixer for b in ir.blocks[first : first + count]]
-    return sum(m.state * m.state_bytes / plan.tp for m in mixers if isinstance(m, Recurrent))
+    blocks = ir.blocks[first : first + count]
+    return sum(m.state_bytes / plan.tp for b in blocks for m in b.mixers if isinstance(m, Recurrent))
 
 
 def activation_bytes(ir: ModelIR, plan: ParallelPlan, budget: int, max_seqs: int) -> float:
@@ -110,7 +128,7 @@ def activation_bytes(ir: ModelIR, plan: ParallelPlan, budget: int, max_seqs: int
         mixer, mlp = block.mixer, block.mlp
         wide = 0.0
         if isinstance(mixer, Attention):
-            wide = (mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim / plan.tp
+            wide = sum(mixer.widths[:2]) / plan.tp
         inner = mlp.inner / plan.stage if isinstance(mlp, Dense) else 0.0
         if isinstance(mlp, MoE):
             inner = (mlp.top_k * mlp.inner / plan.expert_tp + mlp.shared / plan.stage) / max(1, plan.ep // 2)

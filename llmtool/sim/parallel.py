@@ -87,8 +87,9 @@ def why_invalid(plan: ParallelPlan, ir: ModelIR) -> str:
                 and block.mixer.kv_heads % plan.tp
             ):
                 return f"{block.mixer.kv_heads} KV heads neither divide nor repeat over TP{plan.tp}."
-        if isinstance(block.mixer, Recurrent) and block.mixer.heads > 1 and block.mixer.heads % plan.tp:
-            return f"{block.mixer.heads} heads of the recurrent layers do not divide over TP{plan.tp}."
+        for mixer in block.mixers:
+            if isinstance(mixer, Recurrent) and mixer.heads > 1 and mixer.heads % plan.tp:
+                return f"{mixer.heads} heads of the recurrent layers do not divide over TP{plan.tp}."
         if isinstance(block.mlp, MoE):
             if block.mlp.experts % plan.ep:
                 return f"{block.mlp.experts} experts do not divide over EP{plan.ep}."

@@ -116,7 +116,7 @@ class PlanCost:
         """Everything of a stage but attention over the KV cache, the head and the host, for m tokens."""
         d, total = self.deployment, Breakdown()
         for block, times in self._stages[stage].items():
-            for cost in self._mixer(block, m) + self._mlp(block, m):
+            for cost in self._mixers(block, m) + self._mlp(block, m):
                 total.add(cost, times)
         if stage:
             total.add(self._wires.send(m * d.ir.hidden * 2.0 / d.plan.tp, d.plan.stage))
@@ -136,14 +136,23 @@ class PlanCost:
     def _sum_linear(self, stage: int, m: float) -> float:
         return self.linear(stage, m).seconds
 
-    def _mixer(self, block: Block, m: float) -> list[Cost]:
-        d, mixer, tp = self.deployment, block.mixer, self.deployment.plan.tp
-        hidden = d.ir.hidden
-        if mixer is None:
+    def _mixers(self, block: Block, m: float) -> list[Cost]:
+        hidden, tp = self.deployment.ir.hidden, self.deployment.plan.tp
+        # Text alone: layers that attend to images are skipped.
+        mixers = [x for x in block.mixers if not (isinstance(x, Attention) and x.cross)]
+        if not mixers:
             return []
         costs = [self.ops.stream(6.0 * m * hidden)]  # norm and residual
+        for mixer in mixers:
+            costs += self._mixer(mixer, m)
+        costs.append(self._wires.cost("all_reduce", 2.0 * m * hidden, tp))
+        return costs
+
+    def _mixer(self, mixer: Attention | Recurrent, m: float) -> list[Cost]:
+        tp, hidden = self.deployment.plan.tp, self.deployment.ir.hidden
+        costs: list[Cost] = []
         if isinstance(mixer, Recurrent):
-            state = mixer.state * mixer.state_bytes / tp
+            state = mixer.state_bytes / tp
             costs += [
                 self._gemm(m, mixer.in_width / tp, hidden),
                 self._gemm(m, hidden, mixer.out_width / tp),
@@ -162,14 +171,13 @@ class PlanCost:
                     self._gemm(m, hidden, heads * v),
                 ]
         else:
-            q = mixer.heads * mixer.head_dim / tp
-            kv = max(1.0, mixer.kv_heads / tp) * mixer.head_dim
+            q, kv, out = mixer.widths
+            here = kv / min(tp, mixer.kv_heads)
             costs += [
-                self._gemm(m, q * (2 if mixer.gated else 1) + 2 * kv, hidden),
-                self._gemm(m, hidden, q),
-                self.ops.stream(4.0 * m * (q + 2 * kv)),  # rotary embedding, cache write
+                self._gemm(m, q / tp + here, hidden),
+                self._gemm(m, hidden, out / tp),
+                self.ops.stream(4.0 * m * (mixer.heads * mixer.head_dim / tp + here)),  # rotary, cache write
             ]
-        costs.append(self._wires.cost("all_reduce", 2.0 * m * hidden, tp))
         return costs
 
     def _latent_is_whole(self, mixer: Attention) -> bool:
@@ -186,8 +194,9 @@ class PlanCost:
         inner = mlp.inner if isinstance(mlp, Dense) else mlp.shared
         if inner:
             part = inner / plan.stage
+            first = mlp.matrices - 1 if isinstance(mlp, Dense) else 2
             costs += [
-                self._gemm(shared, 2 * part, hidden),
+                self._gemm(shared, first * part, hidden),
                 self.ops.stream(6.0 * shared * part),
                 self._gemm(shared, hidden, part),
             ]
@@ -243,14 +252,14 @@ class PlanCost:
     def _attentions(stage: Counter[Block]) -> Counter[Attention]:
         kinds: Counter[Attention] = Counter()
         for block, times in stage.items():
-            if isinstance(block.mixer, Attention):
+            if isinstance(block.mixer, Attention) and not block.mixer.cross:
                 kinds[block.mixer] += times
         return kinds
 
     def decode_attention(self, mixer: Attention, n: float, context: float) -> Cost:
         """One layer's attention of n decoding sequences, each over `context` tokens (or its window)."""
         d, tp = self.deployment, self.deployment.plan.tp
-        seen = context if mixer.window is None else min(context, mixer.window)
+        seen = mixer.seen(context)
         if mixer.latent is not None:
             return self._latent("decode", mixer, n, seen)
         kv_heads = max(1, mixer.kv_heads // tp)
@@ -263,7 +272,8 @@ class PlanCost:
         pairs, length, tokens = 0.0, 0.0, 0
         for count, start in chunks:
             full = count * (start + (count + 1) / 2.0)
-            pairs += full if mixer.window is None else min(full, float(count * mixer.window))
+            reach = mixer.window or (mixer.chunk / 2 if mixer.chunk else None)
+            pairs += full if reach is None else min(full, float(count * reach))
             length += start + count
             tokens += count
         n = len(chunks)

@@ -7,9 +7,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llmtool.core.memory.allocator import OutOfPages
 from llmtool.core.memory.arena import Arena, SmallPages
-from llmtool.core.memory.catalogue import geometry_of
 from llmtool.core.memory.geometry import UNIT
 from llmtool.core.memory.page_plan import plan_pages
+from llmtool.sim.catalogue import geometry_of
 
 A, B = SmallPages("a", UNIT, 6), SmallPages("b", 2 * UNIT, 3)
 

@@ -75,6 +75,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-biased": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("MistralConfig", {"sliding_window": None, "head_dim": 12}),
     "mistral-window": ("MistralConfig", {"sliding_window": 6}),
+    "ministral": (
+        "MinistralConfig",
+        {"head_dim": 8, "sliding_window": 6, "layer_types": ["full_attention", *["sliding_attention"] * 2]},
+    ),
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen2-window": (
         "Qwen2Config",

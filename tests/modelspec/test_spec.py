@@ -127,7 +127,9 @@ def test_layer_types_must_fit() -> None:
 def test_an_unknown_architecture_lists_what_runs() -> None:
     with pytest.raises(ModelError) as error:
         ModelSpec.from_config({"architectures": ["MambaForCausalLM"]})
-    assert "LlamaForCausalLM, MistralForCausalLM, MixtralForCausalLM" in error.value.remedy
+    assert (
+        "LlamaForCausalLM, MinistralForCausalLM, MistralForCausalLM, MixtralForCausalLM" in error.value.remedy
+    )
 
 
 def test_unreadable_directories(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_weights_over_all_devices_are_the_model(tp: int, pp: int, adp: int) -> N
         for count in plan.stages(ir.num_layers):
             total += plan.stage * stage_weights(ir, plan, first, count, "bf16")
             first += count
-        mixers = sum(ir.mixer_parameters(b.mixer) for b in ir.blocks)
+        mixers = sum(ir.mixer_parameters(m) for b in ir.blocks for m in b.mixers)
         repeated = mixers * (adp - 1) * 2 + (plan.stage - 1) * 2 * (
             sum(b.extra + (ir.hidden * 8 if ir.is_moe else 0) for b in ir.blocks) + ir.hidden
         )
@@ -61,8 +61,10 @@ def test_kv_heads_are_repeated_where_there_are_fewer_than_devices() -> None:
 
 def test_recurrent_states_take_memory_per_sequence() -> None:
     ir = known("qwen3-next-80b-a3b")
-    # 36 gated delta nets: 32 heads x 128 x 128 and a convolution over 3 tokens, in 4 bytes.
-    assert state_bytes(ir, ParallelPlan(), 0, 48) == 36 * 4 * (32 * 128 * 128 + 3 * (2 * 16 * 128 + 32 * 128))
+    # 36 gated delta nets: 32 heads x 128 x 128 in 4 bytes, and a convolution over 3 tokens before it in 2.
+    states = 36 * (4 * 32 * 128 * 128 + 2 * 3 * (2 * 16 * 128 + 32 * 128))
+    assert state_bytes(ir, ParallelPlan(), 0, 48) == states == 36 * 2_146_304
+    assert state_bytes(ir, ParallelPlan(tp=2), 0, 48) == states / 2
 
 
 def test_vllm_s_own_count_of_pages() -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from llmtool.core.memory.geometry import UNIT
 from llmtool.core.memory.model import LayerType, ModelGeometry
-from llmtool.core.memory.page_plan import MAX_GROUPS, PagePlan, Pool, _groups, _size
+from llmtool.core.memory.page_plan import MAX_GROUPS, MAX_STATE_GROUPS, PagePlan, Pool, _groups, _size
 from llmtool.errors import InfeasibleError
 
 # Aligned lengths flatter: a plan must hold between them too, so the rest are odd.
@@ -56,7 +56,8 @@ def _choices(kind: LayerType, tokens: int, finest: int) -> list[tuple[int, int]]
     sizes = [tokens]
     if not kind.is_state:
         sizes = [tokens // share for share in SHARES if share <= finest and tokens % share == 0]
-    return [(p, size) for p in parts if p <= MAX_GROUPS for size in sizes]
+    most = MAX_STATE_GROUPS if kind.is_state else MAX_GROUPS
+    return [(p, size) for p in parts if p <= most for size in sizes]
 
 
 def _least_page(kind: LayerType, parts: int, tokens: int) -> int:
@@ -113,9 +114,9 @@ def _search(
                 for (parts, tokens), small in zip(options, least, strict=True)
             ]
         )
-        tables = np.array([parts for parts, _ in options], dtype=np.float64)[:, None]
+        many = np.array([parts for parts, _ in options], dtype=np.float64)[:, None]
         finer = np.array([tokens_per_page / tokens - 1 for _, tokens in options])[:, None]
-        price = (STATE_TABLE_COST if kind.is_state else TABLE_COST) * (tables + finer)
+        price = (STATE_TABLE_COST if kind.is_state else TABLE_COST) * (many + finer)
         score = (taken * weight[None, :, None]).max(axis=1) + price
         pick = score.argmin(axis=0)
         best.append(pick)
@@ -123,10 +124,15 @@ def _search(
         total += taken[pick, :, columns].T
         cost += price[pick, 0]
     waste = (1 - useful[:, None] / total) / aims[:, None]
-    tables_of = sum(
-        np.array([parts for parts, _ in options])[pick] for options, pick in zip(choices, best, strict=True)
-    )
-    score = np.where(tables_of <= MAX_GROUPS, waste.max(axis=0) + cost, np.inf)
+    tables_of, states_of = np.zeros(len(large), dtype=np.int64), np.zeros(len(large), dtype=np.int64)
+    for kind, options, pick in zip(types, choices, best, strict=True):
+        tables = np.array([parts for parts, _ in options], dtype=np.int64)[pick]
+        if kind.is_state:
+            states_of += tables
+        else:
+            tables_of += tables
+    few = (tables_of <= MAX_GROUPS) & (states_of <= MAX_STATE_GROUPS)
+    score = np.where(few, waste.max(axis=0) + cost, np.inf)
     # A model of more types than tables are allowed gets the fewest that it can have.
     at = int(score.argmin()) if np.isfinite(score).any() else int(np.asarray(tables_of).argmin())
     page = int(large[at])

@@ -22,6 +22,7 @@ MODES: tuple[Mode, ...] = ("uniform", "max", "static", "lcm", "near")
 MAX_PAGE = 16 << 20
 LCM_LIMIT = 64 << 20
 MAX_GROUPS = 28  # block tables per sequence that `near` may ask for
+MAX_STATE_GROUPS = 64  # and tables of states, which have one entry and which no step appends to
 
 
 @dataclass(frozen=True, slots=True)
