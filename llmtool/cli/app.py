@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from llmtool.cli.bench import bench
+from llmtool.cli.memprofile import memprofile
 from llmtool.cli.plan import plan
 from llmtool.cli.prune import prune
 from llmtool.cli.serve import serve
@@ -42,6 +43,7 @@ app.command()(serve)
 app.command()(bench)
 app.command()(plan)
 app.command()(prune)
+app.command()(memprofile)
 
 
 def main() -> None:

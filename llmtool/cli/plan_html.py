@@ -11,7 +11,7 @@ from llmtool.bench.svg import Chart, Series, render
 from llmtool.errors import LLMToolError
 from llmtool.sim.simulate import SimResult
 
-_STYLE = """
+STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse}td,th{padding:.2em .7em;text-align:right;border-bottom:1px solid #ccc}
 td:first-child,th:first-child{text-align:left}svg{max-width:36em;display:block}pre{background:#f4f4f4;padding:.7em;overflow:auto}
@@ -67,7 +67,7 @@ def html(model: str, document: Mapping[str, Any], result: SimResult) -> str:
         for x in document["rejected"]
     )
     return (
-        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"
+        f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
         f"<h1>{escape(title)}</h1><p>Objective: {escape(document['objective'])}; {escape(counts)}. Figures are "
         f"±{document['error_band']:.0%} ({escape(document['tier'])}: {escape(document['source'])}).</p>"
         f"<p>{escape(why)}</p>{charts}<h2>Plans</h2><table><tr>{head}</tr>{body}</table>"

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection
 
 from llmtool.config import EngineConfig
 from llmtool.core.request import SamplingParams, SequenceOutput
-from llmtool.core.stats import EngineStats
+from llmtool.core.stats import EngineStats, MemoryView
 from llmtool.errors import EngineDead, LLMToolError, QueueFull, RequestError
 from llmtool.runtime import engine_process
 from llmtool.runtime.parts import EngineInfo, Progress
@@ -104,6 +104,7 @@ class AsyncEngine:
         self._streams: dict[str, RequestStream] = {}
         self._unfinished: dict[str, int] = {}
         self._admissions: dict[str, asyncio.Future[None]] = {}
+        self._views: deque[asyncio.Future[MemoryView]] = deque()  # asked for, oldest first
         self._draining = False
         self._closing = False
         self._idle = asyncio.Event()
@@ -182,6 +183,15 @@ class AsyncEngine:
         self._check(request_id, *inputs, param="input")
         command = ("pool", request_id, [list(token_ids) for token_ids in inputs], list(segments), priority)
         return await self._admitted(request_id, len(inputs), command)
+
+    async def memory(self) -> MemoryView:
+        """The KV memory's ledger, between two steps. Raises EngineDead."""
+        if self.dead is not None:
+            raise self.dead
+        asked: asyncio.Future[MemoryView] = self._loop.create_future()
+        self._views.append(asked)
+        self._send(("memory",))
+        return await asked
 
     async def _admitted(
         self, request_id: str, answers: int, command: engine_process.Command
@@ -275,6 +285,10 @@ class AsyncEngine:
                     self.on_step(num_tokens)
             case ("stats", stats):
                 self.stats = stats
+            case ("memory", view):
+                asked = self._views.popleft()
+                if not asked.done():
+                    asked.set_result(view)
             case ("admitted", request_id):
                 self._settle(request_id, None)
             case ("refused", request_id, error):
@@ -318,6 +332,10 @@ class AsyncEngine:
         self._died.set()
         if not self._started.done():
             self._started.set_exception(error)
+        for asked in self._views:
+            if not asked.done():
+                asked.set_exception(error)
+        self._views.clear()
         for admitted in self._admissions.values():
             if not admitted.done():
                 admitted.set_exception(error)

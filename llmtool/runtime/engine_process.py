@@ -24,6 +24,7 @@ from llmtool.core.pooling import PoolingEngine, PoolingScheduler
 from llmtool.core.ports import RealClock
 from llmtool.core.request import SequenceOutput
 from llmtool.core.scheduler import Scheduler
+from llmtool.core.stats import MemoryView, memory_view
 from llmtool.core.steplog import StepLogWriter
 from llmtool.errors import EngineDead, LLMToolError, UsageError
 from llmtool.runtime.parts import EngineParts, PoolingParts
@@ -35,10 +36,11 @@ COMMANDS_PER_STEP = 256
 STATS_INTERVAL = 0.1  # seconds between snapshots while the engine is busy
 
 # ("add", id, prompt, params, priority, cache_salt, seed) | ("pool", id, inputs, segments, priority)
-# | ("abort", id, index) | ("close",)
+# | ("abort", id, index) | ("memory",) | ("close",)
 Command = tuple[Any, ...]
 # ("progress", text, fraction) | ("ready", EngineInfo) | ("admitted", id) | ("refused", id, error)
-# | ("step", plain, outputs, num_tokens) | ("stats", EngineStats) | ("failed", error, traceback)
+# | ("step", plain, outputs, num_tokens) | ("stats", EngineStats) | ("memory", MemoryView)
+# | ("failed", error, traceback)
 # where plain = [(id, index, token_ids), ...], the outputs that carry nothing else
 Message = tuple[Any, ...]
 
@@ -147,6 +149,10 @@ class _Loop:
                 self._admit(request_id, lambda: pool(request_id, inputs))
             case ("abort", request_id, index):
                 self._send(self._engine.abort(request_id, index), 0)
+            case ("memory",):
+                engine = self._engine
+                view = memory_view(engine.scheduler.allocator) if isinstance(engine, Engine) else MemoryView()
+                self._connection.send(("memory", view))
             case ("close",):
                 self._closing = True
             case _:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,8 @@ from llmtool.serve.protocol.pooling import (
 from llmtool.serve.protocol.service import (
     DetokenizeRequest,
     DetokenizeResponse,
+    KVMemory,
+    Memory,
     ModelCard,
     ModelList,
     Status,
@@ -253,6 +256,21 @@ def _add_service(app: FastAPI, context: ServeContext) -> None:
     @app.get("/version", tags=["operations"])
     async def version() -> Version:
         return Version(version=__version__)
+
+    @app.get("/memory", responses=documented(401, 503), tags=["operations"])
+    async def memory() -> Memory:
+        """Where the KV memory's bytes are now; `llmtool memprofile --live` reads it."""
+        engine = context.engine
+        view, stats = await engine.memory(), engine.stats
+        return Memory(
+            model=engine.info.served_model_name,
+            weight_bytes=engine.info.weight_bytes,
+            kv=KVMemory.model_validate(asdict(view)),
+            running=stats.num_running,
+            waiting=stats.num_waiting,
+            preemptions=stats.preemptions,
+            hit_rate=stats.prefix_hits / stats.prefix_queries if stats.prefix_queries else 0.0,
+        )
 
     @app.get(
         "/metrics", response_model=None, tags=["operations"], responses={200: {"content": {"text/plain": {}}}}

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from llmtool.core.request import SamplingParams, SequenceOutput
-from llmtool.core.stats import EngineStats
+from llmtool.core.stats import EngineStats, MemoryView
 from llmtool.errors import LLMToolError
 
 
@@ -100,6 +100,10 @@ class Engine(Protocol):
         priority: int = 0,
     ) -> RequestStream:
         """An encoder's vectors of the inputs, by index. Raises as `add`."""
+        ...
+
+    async def memory(self) -> MemoryView:
+        """The KV memory's ledger. Raises EngineDead."""
         ...
 
     async def wait_dead(self) -> LLMToolError:

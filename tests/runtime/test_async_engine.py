@@ -329,3 +329,19 @@ def test_the_first_pause_is_used_once(tmp_path: Path, monkeypatch: pytest.Monkey
             assert file.read_text() == "idle\n"
 
     run(body)
+
+
+def test_the_memory_s_ledger_is_read_between_steps() -> None:
+    async def body() -> None:
+        async with started() as engine:
+            empty = await engine.memory()
+            assert sum(empty.parts.values()) == empty.arena == empty.parts["free"] > 0
+            assert empty.arena == engine.info.num_pages * engine.info.page_bytes
+            stream = await engine.add("a", [5] * 40, SamplingParams(max_tokens=200, ignore_eos=True))
+            both = await asyncio.gather(engine.memory(), engine.memory())
+            assert all(sum(view.parts.values()) == empty.arena for view in both)
+            stream.abort()
+        with pytest.raises(EngineDead):
+            await engine.memory()
+
+    run(body)

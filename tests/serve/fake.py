@@ -18,7 +18,7 @@ from llmtool.core.request import (
     SequenceOutput,
     TokenLogprob,
 )
-from llmtool.core.stats import EngineStats
+from llmtool.core.stats import EngineStats, GroupView, MemoryView
 from llmtool.errors import EngineDead, LLMToolError, QueueFull
 from llmtool.models.tokenizer import Tokenizer
 from llmtool.runtime.parts import PoolingInfo
@@ -161,6 +161,12 @@ class FakeEngine:
             stream.queue.put_nowait(self.dead)
         self.running.clear()
         self._died.set()
+
+    async def memory(self) -> MemoryView:
+        if self.dead is not None:
+            raise self.dead
+        parts = {"tokens": 300, "tail": 20, "cached": 80, "padding": 0, "free": 624}
+        return MemoryView(1024, parts, (GroupView("full", 2, 16, 1024, 64),))
 
     async def wait_dead(self) -> LLMToolError:
         await self._died.wait()

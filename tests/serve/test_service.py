@@ -198,3 +198,14 @@ async def test_metrics_under_our_own_names(connect: Connect) -> None:
 
 def test_length_buckets() -> None:
     assert one_two_five(512) == (1, 2, 5, 10, 20, 50, 100, 200, 500)
+
+
+async def test_the_memory_s_ledger(connect: Connect) -> None:
+    async with connect() as client:
+        client.engine.stats = EngineStats(num_running=2, preemptions=3, prefix_queries=40, prefix_hits=10)
+        body = (await client.http.get("/memory")).json()
+    assert sum(body["kv"]["parts"].values()) == body["kv"]["arena"] == 1024
+    assert (body["model"], body["running"], body["preemptions"], body["hit_rate"]) == ("tiny", 2, 3, 0.25)
+    assert body["kv"]["groups"][0]["page_bytes"] == 1024
+    async with connect(config=ServerConfig(api_key="k")) as client:
+        assert (await client.http.get("/memory")).status_code == 401

@@ -57,6 +57,36 @@ class DetokenizeResponse(BaseModel):
     prompt: str
 
 
+class KVGroup(BaseModel):
+    """Layers that share block tables. Bytes."""
+
+    name: str
+    layers: int
+    tokens_per_page: int
+    page_bytes: int
+    bytes_per_token: int
+
+
+class KVMemory(BaseModel):
+    """Bytes; the parts sum to the arena."""
+
+    arena: int
+    parts: dict[str, int]
+    groups: list[KVGroup]
+
+
+class Memory(BaseModel):
+    """Bytes and requests of a running server. hit_rate: of prompt tokens looked up in the prefix cache."""
+
+    model: str
+    weight_bytes: int
+    kv: KVMemory
+    running: int
+    waiting: int
+    preemptions: int
+    hit_rate: float
+
+
 class Version(BaseModel):
     version: str
 
