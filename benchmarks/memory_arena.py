@@ -3,7 +3,7 @@
 The first two are simulated (page counts, no model, exact on any machine), the third is measured.
 
 - fragmentation: what is left of large pages when most requests that grew together have ended, with large pages
-  tied to requests (Jenga, section 4.2) and without.
+  tied to requests (Jenga: request-aware allocation) and without.
 - batch: Ministral-8B, 20 requests of 55-110k tokens, 1,000 tokens of output each, first come first served;
   how many decode together, on average over steps, under uniform and LCM pages.
 - cost: `take` and `release` per small page.

@@ -126,6 +126,7 @@ def demand(name: str, s: Setting, arena: int, expected: int) -> Demand:
         for p, u in zip(plan.pools, unit, strict=True)
     ]
     reach = [(p.type.spec.window or p.type.spec.chunk or 0) if _reaches(p) else 0 for p in plan.pools]
+    shortest = min((r for r in reach if r), default=0)
     share = np.array(
         [t if p.type.spec.kind in KEEPERS else 0.0 for t, p in zip(per_token, plan.pools, strict=True)]
     )
@@ -137,7 +138,7 @@ def demand(name: str, s: Setting, arena: int, expected: int) -> Demand:
     if name != "static":
         share, window, held = (np.array([x.sum()]) for x in (share, window, held))
     return Demand(
-        name, capacity, table, by_type, live, names, share, window, max(reach), held.astype(np.int64), True, plan,
+        name, capacity, table, by_type, live, names, share, window, shortest, held.astype(np.int64), True, plan,
         alive,
     )  # fmt: skip
 

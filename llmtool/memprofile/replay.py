@@ -119,7 +119,8 @@ class _Machine:
             segments = ask.segments if self.demand.reusable else ()
             held = segments[:hits]
             known = ask.prompt + done
-            need = self.demand.table[:, known + 1] - self.prefixes.shared(held)
+            inside = self.prefixes.inside(ask.length)
+            need = self.demand.table[:, known + 1] - self.prefixes.shared(held, inside)
             spare = self.growth * (len(self.running) // 2)
             if self.running and (self.taken(1) + need + spare > self.capacity).any():
                 return
@@ -129,7 +130,7 @@ class _Machine:
                 self.found += min(cached, ask.prompt - 1)
                 self.looked_up += ask.prompt
                 self.seen[index] = True
-            self.prefixes.hold(segments, self.now)
+            self.prefixes.hold(segments, self.now, inside)
             self.running.append(_Running(index, segments, self.count))
             self.count += 1
             self.lengths = np.append(self.lengths, known)
@@ -141,7 +142,8 @@ class _Machine:
         self.done[one.index] = ask.output - int(self.left[at])
         self.lengths, self.left = np.delete(self.lengths, at), np.delete(self.left, at)
         answer = Segment(ask.answer, ask.output) if ended and ask.answer is not None else None
-        self.prefixes.release(one.segments, self.now, answer if self.demand.reusable else None)
+        inside = self.prefixes.inside(ask.length)
+        self.prefixes.release(one.segments, self.now, inside, answer if self.demand.reusable else None)
         if ended:
             self.waiting.extend(self.next.get(one.index, ()))
         else:

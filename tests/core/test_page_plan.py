@@ -20,7 +20,7 @@ from llmtool.sim.catalogue import geometry_of
     ],
 )
 def test_waste_of_uniform_pages_is_as_published(model: str, text: int, image: int, waste: float) -> None:
-    # Jenga, section 3.2, without the rounding of the last page: pages of one token.
+    # Jenga's figures for a uniform page, without the rounding of the last page: pages of one token.
     plan = plan_pages(geometry_of(model), 1, mode="uniform")
     assert plan.waste(text, image) == pytest.approx(waste, abs=5e-4)
 

@@ -107,6 +107,13 @@ def test_a_document_asked_again_is_found() -> None:
     assert replay(made(2500), same, 64).peak > replay(made(2500), [Ask(170, 4)] * 12, 64).peak
 
 
+def test_windows_are_shared_while_nobody_has_left_them() -> None:
+    asks = [Ask(96, 4, (Segment(1, 80),))] * 8
+    for window in (0, 400):  # as if the layer kept everything
+        assert replay(made(2800, window=window), asks, 8).peak == 8
+    assert replay(made(2800, window=64), asks, 8).peak < 8, "out of the window nothing is counted as shared"
+
+
 def test_states_are_found_only_at_checkpoints() -> None:
     marked = (
         Segment(1, 64, checkpoint=False),

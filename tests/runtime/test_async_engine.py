@@ -337,7 +337,7 @@ def test_the_memory_s_ledger_is_read_between_steps() -> None:
             empty = await engine.memory()
             assert sum(empty.parts.values()) == empty.arena == empty.parts["free"] > 0
             assert empty.arena == engine.info.num_pages * engine.info.page_bytes
-            stream = await engine.add("a", [5] * 40, SamplingParams(max_tokens=200, ignore_eos=True))
+            stream = await engine.add("a", [5] * 40, SamplingParams(max_tokens=80, ignore_eos=True))
             both = await asyncio.gather(engine.memory(), engine.memory())
             assert all(sum(view.parts.values()) == empty.arena for view in both)
             stream.abort()

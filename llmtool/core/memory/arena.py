@@ -1,5 +1,5 @@
 """The two-level page allocator: large pages that any layer type may own, small pages of one type in them
-(Jenga, sections 4.2 and 5.1).
+(Jenga: LCM large pages, request-aware allocation in five steps).
 
 A small page is empty, used (its reference count says by how many) or evictable (unreferenced, its content kept for
 its prefix). A large page whose small pages are all empty goes back to the first level. `take` follows Jenga's five

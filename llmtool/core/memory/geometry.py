@@ -2,7 +2,7 @@
 
 A block-table entry is an offset into the KV arena in units of `UNIT` bytes, not a page id: int32 then reaches
 1 TiB and pages of different sizes can share one arena. A page holds all layers of its group for
-`tokens_per_page` tokens, so that it is contiguous and exchangeable (Jenga, section 4.2).
+`tokens_per_page` tokens, so that it is contiguous and exchangeable (Jenga: small pages).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Which cached pages make a prefix usable, per layer type, and the longest prefix that all types can use
-(Jenga, section 5.2: the layer property interface).
+(Jenga: the policy interface of a layer type).
 
 Prefixes are counted in blocks of `block` tokens. What is cached of a type is a bitmask of blocks, bit i for
 tokens [i * block, (i + 1) * block); of a state, bit i says that its checkpoint after i + 1 blocks is there. A hit

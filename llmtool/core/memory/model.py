@@ -1,4 +1,4 @@
-"""ModelGeometry: what all layers of a model cache, and the types that Jenga sorts them into (section 4.1)."""
+"""ModelGeometry: what all layers of a model cache, and the types that Jenga sorts them into."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class ModelGeometry:
         return cls(spec.family, tuple(spec.layer_cache_specs(dtype_bytes)))
 
     def with_draft(self, draft: ModelGeometry) -> ModelGeometry:
-        """This model with a draft model beside it in one arena (Jenga, section 6.3). The draft's layers are
-        numbered after this model's; its full attention becomes the kind `draft`."""
+        """This model with a draft model beside it in one arena (Jenga: speculative decoding). The draft's layers
+        are numbered after this model's; its full attention becomes the kind `draft`."""
         first = 1 + max(spec.layer for spec in self.layers)
         beside = [
             replace(spec, layer=first + spec.layer, kind="draft" if spec.kind == "full" else spec.kind)

@@ -1,7 +1,7 @@
 """Page plans: how large and small pages of one arena hold every layer type of a model.
 
 Modes. `uniform`: one page holds all layers, every layer keeps every token (PagedAttention, section 4.2); states
-lie beside it, exactly. `max`, `static`, `lcm`: what Jenga is compared with and Jenga itself (section 4.1). `near`:
+lie beside it, exactly. `max`, `static`, `lcm`: what Jenga is compared with and Jenga itself. `near`:
 a bounded large page that holds k small pages of each type at a stride of a k-th of it; table entries are offsets,
 so nothing needs to divide anything. Waste is counted while decoding, with nothing cached for others.
 """
@@ -190,7 +190,7 @@ def _max(geometry: ModelGeometry, types: tuple[LayerType, ...], tokens: int) -> 
 def _lcm(
     geometry: ModelGeometry, types: tuple[LayerType, ...], packed: list[tuple[KVCacheGroup, ...]]
 ) -> PagePlan:
-    """Jenga, section 4.1: the large page is the least common multiple of all small pages."""
+    """Jenga: the large page is the least common multiple of all small pages."""
     large = lcm(*(groups[0].page_bytes for groups in packed))
     if large > LCM_LIMIT:
         parts = ", ".join(f"{g[0].name} {_size(g[0].page_bytes)}" for g in packed)
