@@ -173,7 +173,7 @@ def _bill(output: Output, e: Mapping[str, Any]) -> None:
 
 
 def _timeline(output: Output, points: Sequence[Mapping[str, Any]]) -> None:
-    """The arena over time: 12 rows of an eighth of it each would not tell tails apart, so columns are stacked."""
+    """The arena over time: a column for each moment, stacked from the bottom."""
     if not points or output.as_json:
         return
     height = 10

@@ -6,8 +6,9 @@ from llmtool.errors import InfeasibleError, UsageError
 from llmtool.memprofile.demand import ALLOCATORS
 from llmtool.memprofile.ledger import card_ledger
 from llmtool.memprofile.profile import profile
-from llmtool.memprofile.requests import Ask, named
+from llmtool.memprofile.requests import Ask, named, traced
 from tests.memprofile.test_demand import setting
+from tests.workload.fake import data_file
 
 
 @pytest.mark.parametrize(
@@ -79,3 +80,22 @@ def test_what_does_not_fit_says_so() -> None:
         profile(tight, [Ask(20000, 10)], "one", ALLOCATORS)
     with pytest.raises(UsageError, match="--explain 99999"):
         profile(tight, [Ask(10, 10)], "one", ALLOCATORS, explain=99999)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "AzureLLMInferenceTrace_conv.csv",
+        "mooncake_synthetic_trace.jsonl",
+        "vidur_arxiv_summarization_lengths.csv",
+    ],
+)
+def test_recorded_traces(file: str) -> None:
+    s = setting("gemma-3-27b", card=141 << 30, max_len=65536)
+    asks = traced(data_file("traces", file), 300, s.checkpoint)
+    assert len(asks) == 300
+    d = profile(s, asks, file, ("paged", "near"))
+    paged, near = d["allocators"]
+    assert near["mean_batch"] >= paged["mean_batch"] and near["never_fit"] == 0
+    assert sum(row["bytes"] for row in d["ledger"]) == s.card
+    assert (near["hit_rate"] > 0) == ("mooncake" in file)
