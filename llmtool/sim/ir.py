@@ -53,7 +53,7 @@ class Attention:
 class Recurrent:
     """A layer with a state of fixed size: gated delta net, Mamba, short convolution. in_width: columns of its input
     projection; out_width: rows of its output projection. A sequence's state has `state` numbers in float32 and
-    `conv` inputs of the convolution in 16 bits.
+    `conv` inputs of the convolution in the model's type.
     """
 
     in_width: int
@@ -62,9 +62,13 @@ class Recurrent:
     state: int
     conv: int
 
+    def bytes_with(self, element: int) -> int:
+        """A sequence's state, where the model's type has `element` bytes."""
+        return 4 * self.state + element * self.conv
+
     @property
     def state_bytes(self) -> int:
-        return 4 * self.state + 2 * self.conv
+        return self.bytes_with(2)
 
     @property
     def kind(self) -> str:

@@ -83,14 +83,14 @@ def kv_layers(ir: ModelIR, plan: ParallelPlan, first: int, count: int, kv_dtype:
 
 
 def cache_specs(ir: ModelIR, tp: int = 1, kv_dtype: str = "bf16") -> list[LayerCacheSpec]:
-    """What every layer caches on one of tp devices; a layer with two mixers has two. States keep their types."""
+    """What every layer caches on one of tp devices; a layer with two mixers has two. Narrow KV leaves states as
+    they are; fp32 is the type of the whole model."""
     specs, size = [], KV_BYTES[kv_dtype]
     for i, block in enumerate(ir.blocks):
         for mixer in block.mixers:
             if isinstance(mixer, Recurrent):
-                specs.append(
-                    LayerCacheSpec(i, 0, 0, 0, 2, mixer.kind, state_bytes=-(-mixer.state_bytes // tp))
-                )
+                whole = mixer.bytes_with(max(2, size))
+                specs.append(LayerCacheSpec(i, 0, 0, 0, 2, mixer.kind, state_bytes=-(-whole // tp)))
             elif mixer.latent is not None:
                 specs.append(LayerCacheSpec(i, 1, mixer.latent[1] + mixer.latent[3], 0, size, "mla"))
             else:
