@@ -15,10 +15,10 @@ import time
 
 from common import save
 
-from llmtool.core.memory.catalogue import geometry_of
 from llmtool.core.memory.hashing import page_hash, root_hash
 from llmtool.core.memory.page_plan import plan_pages
 from llmtool.core.memory.two_level import TwoLevelAllocator
+from llmtool.sim.catalogue import geometry_of
 
 REQUESTS, STEPS, PROMPT = 256, 512, 2000
 

@@ -26,9 +26,9 @@ from heapq import heappop, heappush
 from common import save
 
 from llmtool.core.memory.allocator import OutOfPages
-from llmtool.core.memory.catalogue import geometry_of
 from llmtool.core.memory.page_plan import plan_pages
 from llmtool.core.memory.two_level import TwoLevelAllocator
+from llmtool.sim.catalogue import geometry_of
 
 CONTEXT, SESSIONS, BLOCK, STEP = 8000, 12, 16, 512
 MODELS = ("llama-3.1-8b", "gemma-3-27b", "gpt-oss-20b", "falcon-h1-1.5b", "lfm2-1.2b")

@@ -2,7 +2,7 @@
 every table.
 
 A block of one layer type is whole when all its pages are there: several if the type has several tables or finer
-pages. Pages of a block that has lost one are of no use and are given up together (Jenga, section 5.2: aligned
+pages. Pages of a block that has lost one are of no use and are given up together (Jenga: aligned
 eviction).
 """
 

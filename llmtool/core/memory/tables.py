@@ -17,7 +17,7 @@ from typing import Protocol
 from llmtool.core.memory.geometry import STATES, LayerCacheSpec
 from llmtool.core.memory.page_plan import PagePlan
 
-CHECKPOINT_EVERY = 512  # tokens between a state's checkpoints (Jenga, section 5.2), at least
+CHECKPOINT_EVERY = 512  # tokens between a state's checkpoints (as Jenga's), at least
 RENEW_EVERY = (
     64  # tokens after which a decoding sequence's newest checkpoint takes the place of the one before
 )

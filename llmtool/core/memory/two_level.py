@@ -1,5 +1,5 @@
 """The allocator for models whose layers cache different things: a sequence's block tables, one per group, over the
-two-level arena (Jenga, sections 4 and 5).
+two-level arena (Jenga).
 
 Every verb is all-or-nothing over all tables. What lies outside a window, and a state once it has moved to another
 page, is given up when the sequence next grows, and not before: the step that read it last is then submitted. So
