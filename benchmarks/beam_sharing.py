@@ -62,7 +62,7 @@ def main() -> None:
     for name, asked in prompts(tokenizer, args.requests).items():
         for width in (2, 4, 6):
             memory = UniformAllocator(
-                parts.group, parts.num_pages, prefix_caching=False
+                parts.pages, parts.num_pages, prefix_caching=False
             )  # beams share, not requests
             scheduler = Scheduler(parts.scheduler, memory, parts.info.eos_token_ids)
             engine = Engine(scheduler, parts.executor, RealClock())

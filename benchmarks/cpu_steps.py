@@ -26,7 +26,6 @@ from llmtool_kernels.cpu.weights import pack
 
 from llmtool.config import EngineConfig
 from llmtool.core.engine import Engine
-from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import RealClock
 from llmtool.core.request import SamplingParams
 from llmtool.core.scheduler import Scheduler
@@ -84,7 +83,7 @@ class Bench:
 
     def _once(self, sequences: int, context: int, new: int) -> dict[str, float]:
         parts = self.parts
-        allocator = UniformAllocator(parts.group, parts.num_pages, 0, False)
+        allocator = parts.allocator(False)
         scheduler = Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids)
         engine = Engine(scheduler, self.executor, RealClock())
         # A prompt as long as all but the last step's tokens; the step looked at then adds `new`.
@@ -150,7 +149,7 @@ class Bench:
 
         (old,) = kv.batches
         end = context + 1
-        tokens = self.parts.group.tokens_per_page
+        tokens = self.parts.pages.tokens_per_page
         batch = AttentionBatch.build([new], [end], [old.block_tables[0].tolist()], tokens)
         ids = torch.arange(new) + 100
         return ids, torch.arange(end - new, end), KVContext(kv.arena, kv.layers, (batch,))
@@ -169,7 +168,7 @@ class Bench:
 
     def floors(self, sequences: int, context: int, new: int, limit: dict[str, float]) -> dict[str, float]:
         """Milliseconds that what linears, attention and logits read and multiply takes at least."""
-        spec, group = self.model.spec, self.parts.group
+        spec, group = self.model.spec, self.parts.pages
         head = self.model._head
         tokens = sequences * new
         layer_bytes = self.model.weight_bytes - head.nbytes

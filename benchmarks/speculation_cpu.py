@@ -160,7 +160,6 @@ def cost() -> dict[str, Any]:
     from speculation import AlwaysWrong
 
     from llmtool.core.engine import Engine
-    from llmtool.core.memory.uniform import UniformAllocator
     from llmtool.core.ports import RealClock
     from llmtool.core.scheduler import Scheduler
     from llmtool.core.speculation.controllers import FixedController
@@ -173,7 +172,7 @@ def cost() -> dict[str, Any]:
     for _ in range(3):
         for batch in (1, 4, 16):
             for k in (0, 1, 2, 4, 8):
-                allocator = UniformAllocator(parts.group, parts.num_pages, prefix_caching=False)
+                allocator = parts.allocator(prefix_caching=False)
                 wrong = AlwaysWrong(token=5)
                 drafts = Speculator(FixedController(k), wrong) if k else None
                 engine = Engine(

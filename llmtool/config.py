@@ -69,6 +69,7 @@ class EngineConfig:
     int8 | int4 rounds the weights, and only them, to so many bits as they are loaded. kv_cache_dtype: auto keeps
     keys and values in the model's dtype; fp8 (which is fp8_e4m3) or fp8_e5m2 in eight bits, on a GPU that has them.
     max_model_len: None takes the model's own, shortened to what the KV memory holds. block_size: tokens per page.
+    kv_page_plan: near | lcm | max | uniform, how pages serve layers that cache different things.
     gpu_memory_utilization: part of the device's memory the engine may take (weights, activations, KV).
     kv_cache_memory_bytes: exact KV memory, instead. swap_space_bytes: host memory for swapped pages.
     enforce_eager: capture no steps ahead of time on a GPU.
@@ -90,6 +91,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     max_waiting: int = 1024
     block_size: int = 16
+    kv_page_plan: str = "near"
     scheduling_policy: str = "fcfs"
     preemption: str = "recompute"
     enable_prefix_caching: bool = True
@@ -116,6 +118,8 @@ class EngineConfig:
             raise UsageError(f"load_format must be auto or dummy, not {self.load_format!r}.")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise UsageError(f"gpu_memory_utilization must be in (0, 1], not {self.gpu_memory_utilization}.")
+        if self.kv_page_plan not in ("near", "lcm", "max", "uniform"):
+            raise UsageError(f"kv_page_plan must be near, lcm, max or uniform, not {self.kv_page_plan!r}.")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise UsageError(f"block_size must be a power of two, not {self.block_size}.")
         if self.max_model_len is not None and self.max_model_len < 1:

@@ -154,6 +154,7 @@ def bench(
     max_num_batched_tokens: engine.MaxNumBatchedTokens = None,
     max_waiting: engine.MaxWaiting = None,
     block_size: engine.BlockSize = None,
+    kv_page_plan: engine.PagePlan = None,
     gpu_memory_utilization: engine.MemoryUtilization = None,
     kv_cache_memory: engine.KVCacheMemory = None,
     swap_space: engine.SwapSpace = None,

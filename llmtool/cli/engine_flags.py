@@ -35,6 +35,10 @@ MaxNumSeqs = Annotated[int | None, _option("--max-num-seqs", "Sequences that run
 MaxNumBatchedTokens = Annotated[int | None, _option("--max-num-batched-tokens", "Token budget of a step.")]
 MaxWaiting = Annotated[int | None, _option("--max-waiting", "Queue limit; beyond it requests get a 429.")]
 BlockSize = Annotated[int | None, _option("--block-size", "Tokens per KV page.")]
+PagePlan = Annotated[
+    str | None,
+    _option("--kv-page-plan", "near, lcm, max or uniform pages, for layers that cache different things."),
+]
 MemoryUtilization = Annotated[
     float | None, _option("--gpu-memory-utilization", "Part of the device memory to use, 0 to 1.")
 ]

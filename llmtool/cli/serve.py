@@ -71,6 +71,7 @@ def serve(
     max_num_batched_tokens: engine.MaxNumBatchedTokens = None,
     max_waiting: engine.MaxWaiting = None,
     block_size: engine.BlockSize = None,
+    kv_page_plan: engine.PagePlan = None,
     gpu_memory_utilization: engine.MemoryUtilization = None,
     kv_cache_memory: engine.KVCacheMemory = None,
     swap_space: engine.SwapSpace = None,
@@ -176,7 +177,9 @@ def run(
         info = started[0].info
         output.document({"url": url, "model": info.served_model_name, "pid": info.pid})
         output.line(f"Serving {info.served_model_name} at {url} (docs at {url}/docs; stop with Ctrl-C)")
-        memory = f"KV memory {size(info.kv_bytes)} = {info.num_pages * info.tokens_per_page} tokens"
+        tokens = f"{info.num_pages * info.tokens_per_page} tokens"
+        pages = f"{info.num_pages} large pages" if info.large_pages else tokens
+        memory = f"KV memory {size(info.kv_bytes)} = {pages}"
         if info.kv_cache_dtype != info.dtype:
             memory += f" in {info.kv_cache_dtype}"
         if info.pooling is not None:

@@ -57,23 +57,22 @@ def _queue_is_stuck(scheduler: Scheduler) -> bool:
     allocator = scheduler.allocator
     if getattr(allocator, "prefix_caching", True):
         return False  # a prefix that a running sequence completes may let it in
-    return allocator.pages_for(len(head.token_ids)) + len(roster.running) // 2 > allocator.available()
+    headroom = allocator.headroom(len(roster.running))
+    return allocator.pages_for(len(head.token_ids)) + headroom > allocator.available()
 
 
 def _within_pages(allocator: KVAllocator, running: list[Request], steps: int) -> int:
     """The most steps, up to `steps`, for which pages suffice without preempting anyone."""
-    have = allocator.available()
 
-    def needed(count: int) -> int:
-        pages_for = allocator.pages_for
-        return sum(pages_for(r.num_submitted + count) - pages_for(r.num_submitted) for r in running)
+    def fits(count: int) -> bool:
+        return allocator.growth_fits([(r.id, r.num_submitted + count) for r in running])
 
-    if allocator.pages_for(steps) * len(running) <= have or needed(steps) <= have:
+    if fits(steps):
         return steps
-    low, high = 0, steps  # needed(low) fits, needed(high) does not
+    low, high = 0, steps  # low fits, high does not
     while high - low > 1:
         middle = (low + high) // 2
-        if needed(middle) <= have:
+        if fits(middle):
             low = middle
         else:
             high = middle

@@ -17,10 +17,12 @@ from llmtool.core.stats import SpecCounters
 
 @dataclass(frozen=True, slots=True)
 class PageCopy:
-    """Copy one page; src and dst are table entries (offsets in UNIT bytes) in the memories the list implies."""
+    """Copy one page of a KV group; src and dst are table entries (offsets in UNIT bytes) in the memories the list
+    implies."""
 
     src: int
     dst: int
+    group: int = 0
 
 
 @dataclass(slots=True)

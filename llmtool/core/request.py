@@ -238,6 +238,7 @@ class Request:
     in_flight: int = 0  # submitted steps not committed yet
     num_cached: int = 0  # prompt tokens taken from the prefix cache at first admission
     num_preemptions: int = 0
+    compact: bool = False  # next time it takes no cached pages, which may lie scattered
     cumulative_logprob: float = 0.0
     first_scheduled: float = -1.0
     first_token: float = -1.0

@@ -174,6 +174,11 @@ class Scheduler:
             except OutOfPages:
                 if not self._grow(request, request.num_submitted + count, out):
                     blocked = True
+                    if self._is_alone(request, out):
+                        # Its pages lie scattered among cached ones: begun anew, it has whole large pages.
+                        self._preempt(request, out)
+                        request.compact = True
+                        break
                 position = self._roster.running.index(request) + 1  # preempting moved the others
                 if blocked:
                     continue
@@ -193,6 +198,10 @@ class Scheduler:
                 return False
             self._preempt(victim, out)
         return True
+
+    def _is_alone(self, request: Request, out: SchedulerOutput) -> bool:
+        """Nothing else runs, is under way or could give up pages."""
+        return self._roster.running == [request] and not (self._submitted or out.scheduled)
 
     def _victim(self, request: Request) -> Request | None:
         """The last in order that no submitted step uses; failing that, an older one that waits for its beams."""
@@ -273,40 +282,48 @@ class Scheduler:
         """Give an admitted sequence its first pages. Raises OutOfPages, and nothing is changed."""
         # Running sequences will want their next pages soon. Half a page each is within 2 % of the best throughput
         # on chat-like and instruction-like lengths; none costs 5 % in preemptions, a whole one idles pages.
-        headroom = len(self._roster.running) // 2
+        headroom = self.allocator.headroom(len(self._roster.running))
         known = len(request.token_ids)
         if request.status == RequestStatus.SWAPPED:
             if self.allocator.available() < self.allocator.pages_for(known) + headroom:
                 raise OutOfPages(
                     self.allocator.pages_for(known) + headroom, self.allocator.available(), "swap"
                 )
-            copies = self.allocator.swap_in(request.id)
+            target = min(known, request.num_submitted + budget)
+            copies = self.allocator.swap_in(request.id, target)
             out.swap_in.extend(copies)
             self._roster.stats.swapped_pages += len(copies)
-            return self.allocator.extend(request.id, min(known, request.num_submitted + budget))
+            return self.allocator.extend(request.id, target)
         parent = request.parent
         if request.status == RequestStatus.WAITING and parent is not None and self._can_fork(parent, request):
             shared = request.num_prompt_tokens - 1
             if self.allocator.available() < headroom + 2:
                 raise OutOfPages(headroom + 2, self.allocator.available(), "fork")
             self.allocator.fork(parent.id, request.id, request.token_ids, shared)
+            try:
+                grown = self.allocator.extend(request.id, min(known, shared + budget))
+            except OutOfPages:  # pages of one type are not those of another
+                self.allocator.preempt(request.id)
+                raise
             request.num_submitted = request.num_cached = shared
-            return self.allocator.extend(request.id, min(known, shared + budget))
+            return grown
         reuse = request.params.prompt_logprobs is None or request.num_output_tokens > 0
+        reuse = reuse and not request.compact
         cached = self.allocator.begin(
             request.id, request.token_ids, budget, salt=request.cache_salt, headroom=headroom, reuse=reuse
         )
-        request.num_submitted = cached
+        request.num_submitted, request.compact = cached, False
         if request.num_preemptions == 0:
             request.num_cached = cached
             self._roster.stats.prefix_queries += known
             self._roster.stats.prefix_hits += cached
         return None
 
-    @staticmethod
-    def _can_fork(parent: Request, child: Request) -> bool:
+    def _can_fork(self, parent: Request, child: Request) -> bool:
         # Computed, not only submitted: a copied page must have been written by an earlier step than the copy.
-        return parent.status == RequestStatus.RUNNING and parent.num_computed >= child.num_prompt_tokens
+        if parent.status != RequestStatus.RUNNING or parent.num_computed < child.num_prompt_tokens:
+            return False
+        return self.allocator.can_fork(parent.id, child.num_prompt_tokens - 1)
 
     def _submit(
         self,

@@ -17,6 +17,10 @@ from typing import IO, Any
 from llmtool.config import SchedulerConfig
 from llmtool.core.memory.geometry import KVCacheGroup, LayerCacheSpec
 from llmtool.core.memory.hashing import page_hash
+from llmtool.core.memory.model import LayerType, ModelGeometry
+from llmtool.core.memory.page_plan import PagePlan, Pool
+from llmtool.core.memory.select import make_allocator
+from llmtool.core.memory.two_level import TwoLevelAllocator
 from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import Drafts, SchedulerOutput, StepResult
 from llmtool.core.request import BeamParams, Grammar, Request, SamplingParams, TokenLogprob
@@ -97,12 +101,13 @@ class StepLogWriter:
     def __init__(self, file: IO[str], scheduler: Scheduler, kv_cache_dtype: str = "") -> None:
         self._file = file
         allocator = scheduler.allocator
-        assert isinstance(allocator, UniformAllocator)
+        assert isinstance(allocator, UniformAllocator | TwoLevelAllocator)
+        pages = allocator.groups[0] if isinstance(allocator, UniformAllocator) else allocator.plan
         self._row(
             "header",
             version=VERSION,
             config=asdict(scheduler.config),
-            group=asdict(allocator.groups[0]),
+            **{"group" if isinstance(pages, KVCacheGroup) else "plan": asdict(pages)},
             kv_cache_dtype=kv_cache_dtype,
             num_pages=allocator.num_pages,
             host_pages=allocator.host_pages,
@@ -175,13 +180,37 @@ def result_from_row(row: dict[str, Any]) -> StepResult:
 
 
 def scheduler_from_header(header: dict[str, Any], drafts: Drafts | None = None) -> Scheduler:
-    raw = dict(header["group"])
-    raw["layers"] = tuple(LayerCacheSpec(**layer) for layer in raw["layers"])
-    raw["layer_offsets"] = tuple(raw["layer_offsets"])
-    allocator = UniformAllocator(
-        KVCacheGroup(**raw), header["num_pages"], header["host_pages"], header["prefix_caching"]
+    config = SchedulerConfig(**header["config"])
+    allocator = make_allocator(
+        _plan(header["plan"]) if "plan" in header else _group(header["group"]),
+        header["num_pages"],
+        header["host_pages"],
+        header["prefix_caching"],
+        config.max_num_batched_tokens,
     )
-    return Scheduler(SchedulerConfig(**header["config"]), allocator, header["eos"], drafts)
+    return Scheduler(config, allocator, header["eos"], drafts)
+
+
+def _layers(rows: Sequence[dict[str, Any]]) -> tuple[LayerCacheSpec, ...]:
+    return tuple(LayerCacheSpec(**row) for row in rows)
+
+
+def _group(row: dict[str, Any]) -> KVCacheGroup:
+    offsets = tuple(row["layer_offsets"])
+    return KVCacheGroup(**row | {"layers": _layers(row["layers"]), "layer_offsets": offsets})
+
+
+def _plan(row: dict[str, Any]) -> PagePlan:
+    pools = [
+        Pool(
+            LayerType(pool["type"]["name"], _layers(pool["type"]["layers"])),
+            tuple(_group(group) for group in pool["groups"]),
+            pool["per_large"],
+        )
+        for pool in row["pools"]
+    ]
+    geometry = ModelGeometry(row["geometry"]["name"], _layers(row["geometry"]["layers"]))
+    return PagePlan(row["mode"], geometry, row["large_page"], tuple(pools))
 
 
 class ReplayExecutor:

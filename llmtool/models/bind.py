@@ -110,6 +110,11 @@ def bind(spec: ModelSpec, weights: DecoderWeights, binder: Binder, progress: Pro
     """
     for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
         _attention(w.attention, binder)
+        if w.mixer is not None:
+            w.mixer.into, w.mixer.out = (
+                binder(w.mixer.into, w.mixer.into_bias),
+                binder(w.mixer.out, w.mixer.out_bias),
+            )
         if isinstance(w.mlp, DenseWeights):
             assert isinstance(layer.mlp, DenseSpec)
             _dense(w.mlp, binder, layer.mlp.gate)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmtool.errors import ModelError
 from llmtool.models.weights import (
     AttentionWeights,
     DecoderWeights,
@@ -16,9 +17,12 @@ from llmtool.models.weights import (
     ExpertWeights,
     LatentAttentionWeights,
     LayerWeights,
+    Mamba2Weights,
+    MixerWeights,
+    ShortConvWeights,
     as_tensor,
 )
-from llmtool.modelspec import AttentionSpec, LatentSpec, ModelSpec
+from llmtool.modelspec import AttentionSpec, LatentSpec, Mamba2Spec, MixerSpec, ModelSpec
 
 Convert = Callable[[Tensor], Tensor]
 # Buffers that old exporters saved beside the weights; rotary frequencies are computed here.
@@ -75,12 +79,32 @@ _EXPERT_NAMES = {
 }
 
 
+# LFM2 and Falcon-H1 have names of their own for what others call alike.
+_RENAMED = (
+    ("model.embedding_norm.", "model.norm."),
+    ("model.final_layernorm.", "model.norm."),
+    (".operator_norm.", ".input_layernorm."),
+    (".ffn_norm.", ".post_attention_layernorm."),
+    (".pre_ff_layernorm.", ".post_attention_layernorm."),
+    (".feed_forward.w1.", ".mlp.gate_proj."),
+    (".feed_forward.w3.", ".mlp.up_proj."),
+    (".feed_forward.w2.", ".mlp.down_proj."),
+    (".feed_forward.", ".mlp."),
+    (".self_attn.out_proj.", ".self_attn.o_proj."),
+    (".self_attn.q_layernorm.", ".self_attn.q_norm."),
+    (".self_attn.k_layernorm.", ".self_attn.k_norm."),
+)
+
+
 def canonical_name(name: str) -> str:
     """The name that a model of text only gives this tensor."""
     for prefix in ("model.language_model.", "language_model.model."):
         if name.startswith(prefix):
             return f"model.{name.removeprefix(prefix)}"
-    return name.removeprefix("language_model.")
+    name = name.removeprefix("language_model.")
+    for theirs, ours in _RENAMED:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def is_ignored(name: str, spec: ModelSpec) -> bool:
@@ -116,8 +140,45 @@ def slots(spec: ModelSpec, weights: DecoderWeights) -> dict[str, Slot]:
         else:
             assert spec.attention.latent is not None
             parts |= _latent(spec.attention, spec.attention.latent, layer.attention)
+        if layer.mixer is not None:
+            parts |= _mixer(spec.layers[i].mixer, layer.mixer)
+        for ending, factor in spec.folded:
+            if ending in parts and factor != 1.0:
+                assert parts[ending].convert is None
+                parts[ending] = Slot(parts[ending].target, _times(factor))
         table |= {f"model.layers.{i}.{name}": slot for name, slot in parts.items()}
     return table
+
+
+def _times(factor: float | Tensor) -> Convert:
+    return lambda t: t.float() * factor
+
+
+def _mixer(mixer: MixerSpec | None, w: MixerWeights) -> dict[str, Slot]:
+    block = "conv" if isinstance(w, ShortConvWeights) else "mamba"
+    conv = "conv" if isinstance(w, ShortConvWeights) else "conv1d"
+    table = _present(
+        {
+            "in_proj.weight": as_tensor(w.into),
+            "in_proj.bias": w.into_bias,
+            "out_proj.weight": as_tensor(w.out),
+            "out_proj.bias": w.out_bias,
+            f"{conv}.bias": w.conv_bias,
+        }
+    )
+    channels, kernel = w.conv.shape
+    table[f"{conv}.weight"] = Slot(w.conv, lambda t: t.squeeze(1), (channels, 1, kernel))
+    if isinstance(w, Mamba2Weights):
+        assert isinstance(mixer, Mamba2Spec)
+        table |= _present({"dt_bias": w.steps, "A_log": w.decay, "D": w.skip, "norm.weight": w.norm})
+        if set(mixer.scales) != {1.0}:
+            rows = torch.cat([torch.full((n,), s) for n, s in zip(mixer.parts, mixer.scales, strict=True)])
+            table["in_proj.weight"] = Slot(as_tensor(w.into), _times(rows[:, None]))
+            if (
+                w.into_bias is not None
+            ):  # what comes in is scaled before the bias joins it, what goes out after
+                raise ModelError("A Mamba-2 layer has both multipliers and a bias, which does not run here.")
+    return {f"{block}.{name}": slot for name, slot in table.items()}
 
 
 def _norm_convert(spec: ModelSpec) -> Convert | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from llmtool_kernels.attention import KVLayout
+from llmtool_kernels.attention import AttentionBatch, KVLayout
 from llmtool_kernels.cpu.linear import PackedLinear
 from llmtool_kernels.cpu.native import Native
 from llmtool_kernels.cpu.program import Program, StepState
@@ -80,12 +80,14 @@ class CpuDecoder:
         self._out = torch.empty(0)
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
-        for batch in kv.batches:
+        batches = [batch for batch in kv.batches if isinstance(batch, AttentionBatch)]
+        assert len(batches) == len(kv.batches), "no operation moves a state on"
+        for batch in batches:
             batch.check_window(self._shortest_window)
         n = len(input_ids)
         self._prepare(n, kv.layers)
         rotations = [rope(positions) for rope in self._ropes]
-        step = Step(n, StepState(input_ids, kv.arena, kv.batches, rotations), rotations, kv)
+        step = Step(n, StepState(input_ids, kv.arena, batches, rotations), rotations, kv)
         if self._embedding is not None:
             rows = F.embedding(input_ids, self._embedding).float()
             torch.mul(rows, self._embedding_scale, out=self._residual[:n])
@@ -234,8 +236,11 @@ class CpuDecoder:
 
 
 def can_run(spec: ModelSpec, dtype: torch.dtype) -> bool:
-    """Whether the operations take the model's heads: of at most MAX_HEAD dimensions, in bfloat16 in pairs."""
+    """Whether the operations take the model's heads: of at most MAX_HEAD dimensions, in bfloat16 in pairs, and
+    no state."""
     dim = spec.attention.head_dim
+    if any(layer.mixer is not None for layer in spec.layers):
+        return False
     return spec.attention.latent is not None or (dim <= MAX_HEAD and (dtype == torch.float32 or dim % 2 == 0))
 
 

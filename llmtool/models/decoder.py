@@ -7,7 +7,7 @@ a layer does (which norms, which rotary embedding, which window, which MLP) is i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from llmtool.models.attention import LayerKV, attend, attend_latent
 from llmtool.models.mlp import dense, mixture
 from llmtool.models.ops import Rotation, add_rms_norm, embed, linear, rms_norm
+from llmtool.models.recurrent import LayerState, StateBatch, StatePlace, mix
 from llmtool.models.rope import RotaryEmbedding
 from llmtool.models.weights import AttentionWeights, DecoderWeights, DenseWeights, LayerWeights
 from llmtool.modelspec import DenseSpec, LayerSpec, ModelSpec, MoESpec
@@ -27,16 +28,27 @@ LayerPlace = tuple[KVLayout, int]
 @dataclass(frozen=True, slots=True)
 class KVContext:
     """A step's KV memory. arena: uint8 [bytes]. layers: layer -> where its KV lies in its group's pages, and the
-    number of that group: the same object in every step of an engine. batches: the step, a batch per group."""
+    number of that group: the same object in every step of an engine. batches: the step, a batch per group. states:
+    layer -> where its state lies, of layers that have one."""
 
     arena: Tensor
     layers: Mapping[int, LayerPlace]
-    batches: Sequence[AttentionBatch]
+    batches: Sequence[AttentionBatch | StateBatch]
+    states: Mapping[int, StatePlace] = field(default_factory=dict)
 
     def layer(self, i: int) -> LayerKV:
         """What the attention of layer i needs."""
         layout, group = self.layers[i]
-        return self.arena, layout, self.batches[group]
+        batch = self.batches[group]
+        assert isinstance(batch, AttentionBatch)
+        return self.arena, layout, batch
+
+    def state(self, i: int) -> LayerState:
+        """What the mixer of layer i needs."""
+        place = self.states[i]
+        batch = self.batches[place.group]
+        assert isinstance(batch, StateBatch)
+        return self.arena, place, batch
 
 
 class Decoder(Protocol):
@@ -110,10 +122,14 @@ class NativeDecoder:
         x = hidden if layers[0].attention_norm is None else rms_norm(hidden, layers[0].attention_norm, eps)
         for i, (layer, w) in enumerate(zip(self.spec.layers, layers, strict=True)):
             rope = self._rope_of[i]
+            mixed = None
+            if layer.mixer is not None and w.mixer is not None:
+                mixed = mix(x, w.mixer, layer.mixer, eps, kv.state(i))
             if self.spec.attention_of(layer).num_heads:
                 x = self._attention(x, layer, w, None if rope is None else rotations[rope], kv.layer(i))
-            else:  # of a pruned layer: nothing is mixed
-                x = torch.zeros_like(hidden)
+                x = x if mixed is None else x + mixed
+            else:  # a layer that only has a state, or, pruned, mixes nothing
+                x = torch.zeros_like(hidden) if mixed is None else mixed
             hidden, x = add_rms_norm(hidden, x, w.attention_out_norm, w.mlp_norm, eps, scale)
             x = self._mlp(x, layer, w)
             following = layers[i + 1].attention_norm if i + 1 < len(layers) else self.weights.norm

@@ -44,7 +44,7 @@ class MeasuredSpec(ModelSpec):
     def matrices(self) -> dict[str, tuple[int, int]]:
         return {"parameters": (self.parameters, 1)}
 
-    def layer_cache_specs(self, dtype_bytes: int) -> list[LayerCacheSpec]:
+    def layer_cache_specs(self, dtype_bytes: int, state_bytes: int | None = None) -> list[LayerCacheSpec]:
         return [
             LayerCacheSpec(
                 c.layer,
@@ -53,6 +53,7 @@ class MeasuredSpec(ModelSpec):
                 c.v_dim,
                 dtype_bytes,
                 "full" if c.window is None else "sliding_window",
+                c.window,
             )
             for c in self.calls
         ]

@@ -9,7 +9,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from llmtool.modelspec import AttentionSpec, DenseSpec, LatentSpec, LayerSpec, ModelSpec, MoESpec
+from llmtool.modelspec import (
+    AttentionSpec,
+    DenseSpec,
+    LatentSpec,
+    LayerSpec,
+    MixerSpec,
+    ModelSpec,
+    MoESpec,
+    ShortConvSpec,
+)
 
 
 class BoundMatrix(Protocol):
@@ -66,6 +75,38 @@ class LatentAttentionWeights:
 
 
 @dataclass(slots=True)
+class ShortConvWeights:
+    """Rows of into: B, C, x (LFM2)."""
+
+    into: Matrix  # [3 * hidden, hidden]
+    out: Matrix  # [hidden, hidden]
+    conv: Tensor  # [hidden, kernel]
+    into_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+    conv_bias: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Mamba2Weights:
+    """Rows of into: z, x, B, C, time step. steps (dt_bias), decay (A_log) and skip (D) are float32: they decide how
+    long a state lasts."""
+
+    into: Matrix  # [sum(parts), hidden]
+    out: Matrix  # [hidden, inner]
+    conv: Tensor  # [channels, kernel]
+    steps: Tensor  # [heads]
+    decay: Tensor  # [heads]
+    skip: Tensor  # [heads]
+    into_bias: Tensor | None = None
+    out_bias: Tensor | None = None
+    conv_bias: Tensor | None = None
+    norm: Tensor | None = None  # [inner]
+
+
+MixerWeights = ShortConvWeights | Mamba2Weights
+
+
+@dataclass(slots=True)
 class DenseWeights:
     """Rows of gate_up: gates, then ups."""
 
@@ -100,6 +141,7 @@ class LayerWeights:
     attention_out_norm: Tensor | None = None
     mlp_norm: Tensor | None = None
     mlp_out_norm: Tensor | None = None
+    mixer: MixerWeights | None = None
 
 
 @dataclass(slots=True)
@@ -194,6 +236,33 @@ def _layer(new: _Allocator, spec: ModelSpec, layer: LayerSpec) -> LayerWeights:
         attention_out_norm=norm(norms.after),
         mlp_norm=norm(norms.before),
         mlp_out_norm=norm(norms.after),
+        mixer=None if layer.mixer is None else _mixer(new, layer.mixer, spec.hidden_size),
+    )
+
+
+def _mixer(new: _Allocator, mixer: MixerSpec, hidden: int) -> MixerWeights:
+    conv = new(mixer.channels, mixer.kernel)
+    if isinstance(mixer, ShortConvSpec):
+        return ShortConvWeights(
+            into=new(3 * hidden, hidden),
+            out=new(hidden, hidden),
+            conv=conv,
+            into_bias=new(3 * hidden) if mixer.bias else None,
+            out_bias=new(hidden) if mixer.bias else None,
+            conv_bias=new(hidden) if mixer.bias else None,
+        )
+    rows, heads = sum(mixer.parts), mixer.num_heads
+    return Mamba2Weights(
+        into=new(rows, hidden),
+        out=new(hidden, mixer.inner),
+        conv=conv,
+        steps=new.float(heads),
+        decay=new.float(heads),
+        skip=new.float(heads),
+        into_bias=new(rows) if mixer.proj_bias else None,
+        out_bias=new(hidden) if mixer.out_bias else None,
+        conv_bias=new(mixer.channels) if mixer.conv_bias else None,
+        norm=new(mixer.inner) if mixer.gated_norm else None,
     )
 
 

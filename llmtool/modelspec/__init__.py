@@ -10,10 +10,13 @@ from llmtool.modelspec.parts import (
     GateSpec,
     LatentSpec,
     LayerSpec,
+    Mamba2Spec,
+    MixerSpec,
     MoESpec,
     NormSpec,
     RopeSpec,
     RouterSpec,
+    ShortConvSpec,
 )
 from llmtool.modelspec.pooling import PoolingSpec
 from llmtool.modelspec.spec import DTYPE_BYTES, ModelSpec
@@ -27,10 +30,13 @@ __all__ = [
     "HeadSpec",
     "LatentSpec",
     "LayerSpec",
+    "Mamba2Spec",
+    "MixerSpec",
     "ModelSpec",
     "MoESpec",
     "NormSpec",
     "PoolingSpec",
     "RopeSpec",
     "RouterSpec",
+    "ShortConvSpec",
 ]

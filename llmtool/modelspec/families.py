@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmtool.modelspec.config import Config
+from llmtool.modelspec import mixers
+from llmtool.modelspec.config import Config, numbers
 from llmtool.modelspec.mlps import (
     MlpSpec,
     deepseek_v2_mlps,
@@ -19,13 +20,14 @@ from llmtool.modelspec.mlps import (
     mixtral_mlps,
     qwen_mlps,
 )
-from llmtool.modelspec.parts import RopeSpec
+from llmtool.modelspec.parts import MixerSpec, RopeSpec
 from llmtool.modelspec.rope import FULL, SLIDING, read_ropes, rope, yarn_magnitude
 
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """Constants that stand in the way of a plain Llama. attention: None is 1 / sqrt(head_dim)."""
+    """Constants that stand in the way of a plain Llama. attention: None is 1 / sqrt(head_dim). folded: see
+    ModelSpec."""
 
     attention: float | None = None
     attention_softcap: float | None = None
@@ -33,6 +35,7 @@ class Scales:
     residual: float = 1.0
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
+    folded: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,8 @@ class Family:
     norm_before, norm_after, norm_offset: see NormSpec. bias: the field that says whether q, k, v and o have biases;
     qkv_bias and o_bias overrule it. latent: attention is DeepSeek's. types: full or sliding attention, per layer.
     ropes: the rotary embedding of each of these types; partial: it may turn a part of a head; rotated: per layer,
-    whether it has one. mlps: per layer. refused: fields that must not be set.
+    whether it has one. mlps: per layer. mixers: per layer, what it has with a state. eps: the field of the norms'
+    epsilon. refused: fields that must not be set.
     """
 
     name: str
@@ -61,6 +65,8 @@ class Family:
     partial: bool = False
     rotated: Callable[[Config, int], Sequence[int]] = lambda config, layers: [1] * layers
     mlps: Callable[[Config, int], Sequence[MlpSpec]] = dense
+    mixers: Callable[[Config, Sequence[str]], Sequence[MixerSpec | None]] = mixers.none
+    eps: str = "rms_norm_eps"
     scales: Callable[[Config, RopeSpec], Scales] = lambda config, rope: Scales()
     refused: tuple[str, ...] = ()
 
@@ -150,6 +156,25 @@ def _deepseek_scales(config: Config, rope: RopeSpec) -> Scales:
     table = config.get("rope_parameters") or config.get("rope_scaling") or {}
     weight = table.get("mscale_all_dim") if rope.kind != "default" else None
     return Scales(attention=head**-0.5 * (yarn_magnitude(rope.factor, weight) ** 2 if weight else 1.0))
+
+
+def _falcon_scales(config: Config, rope: RopeSpec) -> Scales:
+    """Falcon-H1's multipliers: all but two are of a matrix's input or output, and so of the matrix."""
+    into, out = config.number("attention_in_multiplier", 1.0), config.number("attention_out_multiplier", 1.0)
+    gate, down = numbers(config.fields, "mlp_multipliers", 2) if config.get("mlp_multipliers") else (1.0, 1.0)
+    return Scales(
+        embedding=config.number("embedding_multiplier", 1.0),
+        logits_divisor=1.0 / config.number("lm_head_multiplier", 1.0),
+        folded=(
+            ("self_attn.q_proj.weight", into),
+            ("self_attn.k_proj.weight", into * config.number("key_multiplier", 1.0)),
+            ("self_attn.v_proj.weight", into),
+            ("self_attn.o_proj.weight", out),
+            ("mlp.gate_proj.weight", gate),
+            ("mlp.down_proj.weight", down),
+            ("mamba.out_proj.weight", config.number("ssm_out_multiplier", 1.0)),
+        ),
+    )
 
 
 # -- the families ------------------------------------------------------------------------------------------------
@@ -269,6 +294,48 @@ FAMILIES: dict[str, Family] = {
         },
         types=_unrotated_slide,
         rotated=_rotated,
+    ),
+    "Lfm2ForCausalLM": Family(
+        "lfm2",
+        {
+            "max_position_embeddings": 128000,
+            "num_key_value_heads": 8,
+            "norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "tie_word_embeddings": True,
+            "conv_L_cache": 3,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        qkv_bias=False,
+        o_bias=False,
+        qk_norm="head",
+        types=mixers.lfm2_types,
+        mlps=mixers.lfm2_mlps,
+        mixers=mixers.lfm2_mixers,
+        eps="norm_eps",
+    ),
+    "FalconH1ForCausalLM": Family(
+        "falcon_h1",
+        {
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "mamba_d_ssm": 1024,
+            "mamba_n_heads": 128,
+            "mamba_d_head": "auto",
+            "mamba_n_groups": 1,
+            "mamba_d_state": 256,
+            "mamba_d_conv": 4,
+            "mamba_expand": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        },
+        scales=_falcon_scales,
+        mixers=mixers.falcon_mixers,
+        refused=("attention_bias",),
     ),
     "MixtralForCausalLM": Family(
         "mixtral",

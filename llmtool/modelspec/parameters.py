@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from llmtool.modelspec.parts import AttentionSpec, DenseSpec, LatentSpec, MoESpec
+from llmtool.modelspec.parts import (
+    AttentionSpec,
+    DenseSpec,
+    LatentSpec,
+    MixerSpec,
+    MoESpec,
+    ShortConvSpec,
+)
 
 if TYPE_CHECKING:
     from llmtool.modelspec.spec import ModelSpec
@@ -25,6 +32,8 @@ def matrices(spec: ModelSpec) -> dict[str, tuple[int, int]]:
     for layer in spec.layers:
         shapes.append(("norms", norms, hidden))
         shapes += _attention(spec.attention_of(layer), hidden)
+        if layer.mixer is not None:
+            shapes += _mixer(layer.mixer, hidden)
         shapes += _dense(layer.mlp, hidden) if isinstance(layer.mlp, DenseSpec) else _moe(layer.mlp, hidden)
     vectors: Counter[str] = Counter()
     lengths: dict[str, int] = {}
@@ -73,6 +82,24 @@ def _latent_attention(a: AttentionSpec, latent: LatentSpec, hidden: int) -> list
         ("q_norm", 1, latent.q_rank),
         ("q_up", q_rows, latent.q_rank),
         ("q_down_bias", int(a.qkv_bias), latent.q_rank),
+    ]
+
+
+def _mixer(mixer: MixerSpec, hidden: int) -> list[Shape]:
+    conv = ("conv", mixer.channels, mixer.kernel)
+    if isinstance(mixer, ShortConvSpec):
+        biases = ("conv_bias", int(mixer.bias), 5 * hidden)
+        return [("conv_in", 3 * hidden, hidden), ("conv_out", hidden, hidden), conv, biases]
+    rows = sum(mixer.parts)
+    return [
+        ("ssm_in", rows, hidden),
+        ("ssm_out", hidden, mixer.inner),
+        conv,
+        ("conv_bias", int(mixer.conv_bias), mixer.channels),
+        ("ssm_in_bias", int(mixer.proj_bias), rows),
+        ("ssm_out_bias", int(mixer.out_bias), hidden),
+        ("ssm_heads", 3, mixer.num_heads),
+        ("ssm_norm", int(mixer.gated_norm is not None), mixer.inner),
     ]
 
 

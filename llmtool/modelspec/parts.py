@@ -135,12 +135,71 @@ class MoESpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ShortConvSpec:
+    """A gated convolution over the last `kernel` tokens, channel by channel (LFM2). A sequence keeps what it needs
+    of the last kernel - 1. channels: the model's hidden size."""
+
+    channels: int
+    kernel: int
+    bias: bool = False
+
+    def state_bytes(self, dtype_bytes: int) -> int:
+        return (self.kernel - 1) * self.channels * dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2Spec:
+    """A state space of `num_heads` heads, each with a state [head_dim, state_dim] (Mamba-2, arXiv 2405.21060,
+    section 7), behind a convolution over x, B and C, which `num_groups` groups of heads share.
+
+    gated_norm: None multiplies the output by silu(z); "before" norms it first, "after" norms the product, each over
+    the channels of a group. step_limits: of the time step. scales: of the rows of the first matrix that make z, x,
+    B, C and the time step (Falcon-H1's multipliers).
+    """
+
+    num_heads: int
+    head_dim: int
+    num_groups: int
+    state_dim: int
+    kernel: int
+    conv_bias: bool = True
+    proj_bias: bool = False
+    out_bias: bool = False
+    gated_norm: str | None = None
+    step_limits: tuple[float, float] = (0.0, float("inf"))
+    scales: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+
+    @property
+    def inner(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: x, B and C."""
+        return self.inner + 2 * self.num_groups * self.state_dim
+
+    @property
+    def parts(self) -> tuple[int, int, int, int, int]:
+        """Rows of the first matrix that make z, x, B, C and the time step."""
+        group = self.num_groups * self.state_dim
+        return self.inner, self.inner, group, group, self.num_heads
+
+    def state_bytes(self, dtype_bytes: int) -> int:
+        """The convolution's tokens, and the state in float32."""
+        return (self.kernel - 1) * self.channels * dtype_bytes + 4 * self.inner * self.state_dim
+
+
+MixerSpec = ShortConvSpec | Mamba2Spec
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What may differ from layer to layer. window: how many tokens a token sees, itself included; None sees all.
-    rope: None adds no positions (NoPE). attention: of a pruned layer, whose heads are fewer than the model's (none
-    at all: the layer has no attention); None is the model's."""
+    rope: None adds no positions (NoPE). attention: of a layer whose heads are fewer than the model's (none at all:
+    the layer has no attention); None is the model's. mixer: with a state, instead of attention or beside it."""
 
     window: int | None
     rope: RopeSpec | None
     mlp: DenseSpec | MoESpec
     attention: AttentionSpec | None = None
+    mixer: MixerSpec | None = None

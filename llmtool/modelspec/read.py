@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from llmtool.errors import ModelError
 from llmtool.modelspec.config import Config, token_ids
 from llmtool.modelspec.families import FAMILIES, Family, Scales
+from llmtool.modelspec.mixers import CONV
 from llmtool.modelspec.parts import AttentionSpec, LatentSpec, LayerSpec, NormSpec
 from llmtool.modelspec.per_layer import read_per_layer
 from llmtool.modelspec.rope import FULL, SLIDING
@@ -60,6 +62,7 @@ def _read(config: Config, architecture: str, family: Family, generation: Mapping
     window = config.optional_count("sliding_window") if SLIDING in types else None
     rotated, mlps = family.rotated(config, layers), family.mlps(config, layers)
     attention = _attention(config, family, scales, head_dim, latent)
+    mixers = family.mixers(config, types)
     own = read_per_layer(config, attention, mlps)
     return ModelSpec(
         architecture=architecture,
@@ -69,17 +72,24 @@ def _read(config: Config, architecture: str, family: Family, generation: Mapping
         max_positions=config.count("max_position_embeddings"),
         attention=attention,
         norms=NormSpec(
-            config.number("rms_norm_eps", 1e-6), family.norm_before, family.norm_after, family.norm_offset
+            config.number(family.eps, 1e-6), family.norm_before, family.norm_after, family.norm_offset
         ),
         layers=tuple(
-            LayerSpec(window if kind == SLIDING else None, ropes[kind] if turned else None, mlp, heads)
-            for kind, turned, (heads, mlp) in zip(types, rotated, own, strict=True)
+            LayerSpec(
+                window if kind == SLIDING else None,
+                ropes[kind] if turned and kind != CONV else None,
+                mlp,
+                replace(attention, num_heads=0, num_kv_heads=0) if kind == CONV else heads,
+                mixer,
+            )
+            for kind, turned, (heads, mlp), mixer in zip(types, rotated, own, mixers, strict=True)
         ),
         tied_embeddings=config.flag("tie_word_embeddings"),
         embedding_scale=scales.embedding,
         residual_scale=scales.residual,
         logits_divisor=scales.logits_divisor,
         logits_softcap=scales.logits_softcap,
+        folded=scales.folded,
         dtype=_dtype(config),
         eos_ids=token_ids(generation.get("eos_token_id"), config.get("eos_token_id")),
         bos_id=next(iter(token_ids(config.get("bos_token_id"))), None),

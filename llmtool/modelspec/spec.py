@@ -10,7 +10,7 @@ from typing import Any
 from llmtool.core.memory.geometry import LayerCacheSpec
 from llmtool.modelspec.config import read_config, read_json
 from llmtool.modelspec.parameters import matrices
-from llmtool.modelspec.parts import AttentionSpec, DenseSpec, LayerSpec, NormSpec, RopeSpec
+from llmtool.modelspec.parts import AttentionSpec, DenseSpec, LayerSpec, NormSpec, RopeSpec, ShortConvSpec
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -21,7 +21,8 @@ class ModelSpec:
 
     family: its model_type. attention: of the layers that have none of their own, and the widest. embedding_scale:
     of the embeddings as the first layer reads them; residual_scale: of what a block adds; logits become
-    logits / logits_divisor, then logits_softcap * tanh(logits / logits_softcap). dtype: the one it was published
+    logits / logits_divisor, then logits_softcap * tanh(logits / logits_softcap). folded: (end of a layer's tensor
+    name, factor that it is multiplied by while it is loaded). dtype: the one it was published
     in. eos_ids: tokens that end its output, from config.json and generation_config.json.
     """
 
@@ -38,6 +39,7 @@ class ModelSpec:
     residual_scale: float = 1.0
     logits_divisor: float = 1.0
     logits_softcap: float | None = None
+    folded: tuple[tuple[str, float], ...] = ()
     dtype: str = "bfloat16"
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None
@@ -118,8 +120,9 @@ class ModelSpec:
         """Parameters by kind as (number of vectors, their length), all layers together; tied ones once."""
         return matrices(self)
 
-    def layer_cache_specs(self, dtype_bytes: int) -> list[LayerCacheSpec]:
-        """What each layer caches per token, dtype_bytes per element; layers without attention are left out.
+    def layer_cache_specs(self, dtype_bytes: int, state_bytes: int | None = None) -> list[LayerCacheSpec]:
+        """What each layer caches: rows per token, dtype_bytes per element, or a state, state_bytes (the same, if
+        None) per element of its convolution. A layer may have both, or, with no heads left, nothing.
 
         Latent attention caches one row per token, whose leading dimensions are the value: v_head_dim is 0.
         """
@@ -138,6 +141,10 @@ class ModelSpec:
             )
             if spec.num_kv_heads:
                 specs.append(spec)
+            if layer.mixer is not None:
+                kind = "short_conv" if isinstance(layer.mixer, ShortConvSpec) else "recurrent"
+                size = layer.mixer.state_bytes(state_bytes or dtype_bytes)
+                specs.append(LayerCacheSpec(i, 0, 0, 0, dtype_bytes, kind, state_bytes=size))
         return specs
 
 

@@ -14,8 +14,9 @@ import torch
 from llmtool_kernels.attention import AttentionBatch
 from numpy.typing import NDArray
 
-from llmtool.core.memory.geometry import KVCacheGroup
+from llmtool.core.memory.geometry import STATES, KVCacheGroup
 from llmtool.core.ports import NewRequest, ScheduledRequest
+from llmtool.models.recurrent import StateBatch, StateChunk
 
 Ints = NDArray[np.int64]
 
@@ -33,7 +34,7 @@ class StepInputs:
     lengths: Ints
     input_ids: torch.Tensor
     positions: torch.Tensor
-    batches: tuple[AttentionBatch, ...]
+    batches: tuple[AttentionBatch | StateBatch, ...]
 
     @property
     def ends(self) -> Ints:
@@ -130,10 +131,13 @@ class SequenceTable:
         def on_device(array: NDArray[np.generic]) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
 
-        batches = []
+        batches: list[AttentionBatch | StateBatch] = []
         for g, group in enumerate(self.groups):
             assert (ends <= self.num_pages[g, rows] * group.tokens_per_page).all(), "a token has no page"
             width = group.pages(int(ends.max()))
+            if group.layers[0].kind in STATES:
+                batches.append(self._states(g, rows, starts, lengths, device))
+                continue
             page, slot = np.divmod(positions, group.tokens_per_page)
             batches.append(
                 AttentionBatch(
@@ -148,6 +152,37 @@ class SequenceTable:
             )
         input_ids = self.tokens[flat_rows, positions].astype(np.int64)
         return StepInputs(rows, starts, lengths, on_device(input_ids), on_device(positions), tuple(batches))
+
+    def _states(self, g: int, rows: Ints, starts: Ints, lengths: Ints, device: torch.device) -> StateBatch:
+        """Where each sequence's state is read and written. A table's entries name the same page as long as the
+        state stays in it; where they change, the one before keeps what the state was at the boundary."""
+        table, size = self.tables[g], self.groups[g].tokens_per_page
+        at, ends = np.cumsum(lengths) - lengths, starts + lengths
+        single = np.flatnonzero(lengths == 1)
+        reads = table[rows, np.maximum(starts - 1, 0) // size]
+        writes = table[rows, (ends - 1) // size]
+        chunks = []
+        for i in np.flatnonzero(lengths > 1).tolist():
+            first, last = int(starts[i]) // size, int(ends[i] - 1) // size
+            entries = table[rows[i], first : last + 1].tolist()
+            turns = [
+                (int(at[i]) + (first + k + 1) * size - int(starts[i]), entry)
+                for k, entry in enumerate(entries[:-1])
+                if entry != entries[k + 1]
+            ]
+            turns.append((int(at[i] + lengths[i]), entries[-1]))
+            chunks.append(StateChunk(int(at[i]), int(reads[i]) if starts[i] else None, turns))
+
+        def on_device(array: NDArray[np.generic]) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        return StateBatch(
+            rows=on_device(at[single]),
+            reads=on_device(reads[single].astype(np.int64)),
+            writes=on_device(writes[single].astype(np.int64)),
+            fresh=on_device(starts[single] == 0),
+            chunks=chunks,
+        )
 
     def _grow(self) -> None:
         """Twice as many rows. Normally max_num_seqs rows are enough."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from llmtool_kernels.attention_plan import MAX_BUCKET_TOKENS
 
 from llmtool.config import EngineConfig
-from llmtool.core.memory.geometry import UNIT, KVCacheGroup
+from llmtool.core.memory.geometry import UNIT
+from llmtool.core.memory.tables import Pages, longest
 from llmtool.errors import InfeasibleError, UsageError
 from llmtool.modelspec import ModelSpec
 from llmtool.runtime.device import DeviceMemory
@@ -25,7 +26,7 @@ class KVBudget:
 
 def kv_budget(
     config: EngineConfig,
-    group: KVCacheGroup,
+    sizes: Pages,
     model_len: int,
     memory: DeviceMemory,
     activation_bytes: int,
@@ -34,10 +35,11 @@ def kv_budget(
 ) -> KVBudget:
     """Size the KV memory from what is free once the weights are loaded.
 
-    model_len: tokens the model was made for. host_free: bytes for swapped pages. On a GPU, pages take what
-    gpu_memory_utilization leaves beside weights and activations; on a CPU, where others need memory too, enough
-    for max_num_seqs sequences of full length, and at most a quarter of what is free. Without a max_model_len
-    the model's is shortened to what fits; one that was asked for and does not fit is an InfeasibleError.
+    sizes: of pages, or of large pages and how many a sequence needs. model_len: tokens the model was made for.
+    host_free: bytes for swapped pages. On a GPU, pages take what gpu_memory_utilization leaves beside weights and
+    activations; on a CPU, where others need memory too, enough for max_num_seqs sequences of full length, and at
+    most a quarter of what is free. Without a max_model_len the model's is shortened to what fits; one that was
+    asked for and does not fit is an InfeasibleError.
     """
     length = config.max_model_len or model_len
     if length > model_len:
@@ -45,30 +47,32 @@ def kv_budget(
             f"max_model_len is {length}, but the model was made for {model_len} tokens.",
             f"Set --max-model-len to {model_len} or less.",
         )
-    room = _kv_bytes(config, group, length, memory, activation_bytes, on_cpu)
-    num_pages = min(room // group.page_bytes, MAX_ENTRY // (group.page_bytes // UNIT))
-    fits = num_pages * group.tokens_per_page
-    if num_pages < config.max_num_seqs:
+    room = _kv_bytes(config, sizes, length, memory, activation_bytes, on_cpu)
+    num_pages = min(room // sizes.page_bytes, MAX_ENTRY // (sizes.page_bytes // UNIT))
+    fits = longest(sizes, num_pages)
+    least = sizes.least(config.max_num_seqs)
+    if num_pages < least:
+        enough = "not even one for each" if least == config.max_num_seqs else f"and {least} are the least"
         raise InfeasibleError(
-            f"{_size(room)} for KV pages is {num_pages} pages of {_size(group.page_bytes)}, not even one for each "
+            f"{_size(room)} for KV pages is {num_pages} pages of {_size(sizes.page_bytes)}, {enough} "
             f"of {config.max_num_seqs} sequences.",
             "Lower --max-num-seqs, or give more with --kv-cache-memory.",
         )
     if fits < length and config.max_model_len is not None:
         raise InfeasibleError(
-            f"One sequence of {length} tokens needs {_size(group.pages(length) * group.page_bytes)} of KV pages, "
-            f"and there are {_size(num_pages * group.page_bytes)}.",
+            f"One sequence of {length} tokens needs {_size(sizes.pages(length) * sizes.page_bytes)} of KV pages, "
+            f"and there are {_size(num_pages * sizes.page_bytes)}.",
             f"Set --max-model-len to {fits} or less, or give more with --kv-cache-memory.",
         )
     # On a CPU pages, swapped pages and activations share one memory.
-    spare = host_free - (num_pages * group.page_bytes + activation_bytes if on_cpu else 0)
+    spare = host_free - (num_pages * sizes.page_bytes + activation_bytes if on_cpu else 0)
     if config.swap_space_bytes > max(0, spare):
         raise InfeasibleError(
             f"swap_space_bytes is {_size(config.swap_space_bytes)}, and {_size(max(0, spare))} of memory are left "
             f"for it.",
             "Lower --swap-space or --kv-cache-memory.",
         )
-    return KVBudget(num_pages, config.swap_space_bytes // group.page_bytes, min(length, fits))
+    return KVBudget(num_pages, config.swap_space_bytes // sizes.page_bytes, min(length, fits))
 
 
 def activation_bytes(
@@ -88,7 +92,7 @@ def activation_bytes(
 
 def _kv_bytes(
     config: EngineConfig,
-    group: KVCacheGroup,
+    sizes: Pages,
     length: int,
     memory: DeviceMemory,
     activation_bytes: int,
@@ -104,10 +108,10 @@ def _kv_bytes(
             )
         return given
     if on_cpu:
-        return min(memory.free // CPU_SHARE, config.max_num_seqs * group.pages(length) * group.page_bytes)
+        return min(memory.free // CPU_SHARE, config.max_num_seqs * sizes.pages(length) * sizes.page_bytes)
     taken = memory.total - memory.free
     room = int(memory.total * config.gpu_memory_utilization) - taken - activation_bytes
-    if room < group.page_bytes:
+    if room < sizes.page_bytes:
         raise InfeasibleError(
             f"Of {_size(memory.total)} of device memory, {_size(taken)} are taken and a step needs "
             f"{_size(activation_bytes)}: nothing is left for KV pages at a utilization of "

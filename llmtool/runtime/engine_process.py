@@ -20,7 +20,6 @@ from typing import IO, Any
 
 from llmtool.config import EngineConfig
 from llmtool.core.engine import Engine
-from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.pooling import PoolingEngine, PoolingScheduler
 from llmtool.core.ports import Drafts, RealClock
 from llmtool.core.request import SequenceOutput
@@ -102,7 +101,7 @@ def _engine(
 ) -> Engine | PoolingEngine:
     if isinstance(parts, PoolingParts):
         return PoolingEngine(PoolingScheduler(parts.scheduler), parts.executor, RealClock())
-    allocator = UniformAllocator(parts.group, parts.num_pages, parts.host_pages, config.enable_prefix_caching)
+    allocator = parts.allocator(config.enable_prefix_caching)
     scheduler = Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids, drafts)
     log = None if log_file is None else StepLogWriter(log_file, scheduler, parts.info.kv_cache_dtype)
     return Engine(scheduler, parts.executor, RealClock(), log)

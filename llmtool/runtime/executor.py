@@ -17,6 +17,9 @@ import torch
 
 from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import uniform_group
+from llmtool.core.memory.model import ModelGeometry
+from llmtool.core.memory.select import plan_of
+from llmtool.core.memory.tables import PlanPages
 from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import SamplingParams, TokenLogprob
 from llmtool.errors import LLMToolError, ModelError, RequestError
@@ -82,13 +85,13 @@ class TorchExecutor:
     ) -> None:
         self.model = model
         self.store = store
-        self._sequences = SequenceTable([store.group], max_num_seqs, max_model_len)
+        self._sequences = SequenceTable(store.groups, max_num_seqs, max_model_len)
         self._sampling = SamplingRows(max_num_seqs, model.spec.vocab_size, eos_token_ids, model.device)
-        self._layers = {layer: (layout, 0) for layer, layout in store.layouts().items()}
-        widths = [store.group.pages(max_model_len)]
+        self._layers, self._states = store.places(), store.states()
+        widths = [group.pages(max_model_len) for group in store.groups]
         graphs = (
             None
-            if capture is None
+            if capture is None or self._states  # graphs hold no states
             else StepGraphs(model, store.arena, self._layers, widths, max_num_seqs, capture)
         )
         self._graphs = graphs
@@ -115,8 +118,9 @@ class TorchExecutor:
     def warmup(self) -> None:
         """Run a page of prompt and one decoding step, so that the first request finds libraries loaded and
         buffers allocated. Before any request only: it writes page 0."""
-        n = min(self.store.group.tokens_per_page, self._sequences.tokens.shape[1])
-        new = NewRequest("warmup", [0] * n, n, SamplingParams(temperature=0), 0, [[0]])
+        groups = self.store.groups
+        n = min(*(group.tokens_per_page for group in groups), self._sequences.tokens.shape[1])
+        new = NewRequest("warmup", [0] * n, n, SamplingParams(temperature=0), 0, [[0] for _ in groups])
         for entry in (ScheduledRequest("warmup", 0, n, False), ScheduledRequest("warmup", n - 1, 1, True)):
             self.submit(SchedulerOutput(-1, new=[new], scheduled=[entry], num_tokens=entry.num_tokens))
         self.submit(SchedulerOutput(-1, finished=["warmup"]))
@@ -202,7 +206,7 @@ class TorchExecutor:
         if self._graphs is not None:
             hidden = self._graphs.forward(inputs)  # [N, hidden]
         else:
-            kv = KVContext(self.store.arena, self._layers, inputs.batches)
+            kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
             hidden = self.model.forward(inputs.input_ids, inputs.positions, kv)  # [N, hidden]
         if self._prompt_logprobs:
             self._score_prompts(scheduled, inputs, hidden, outcome)
@@ -339,8 +343,11 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     spec = model.spec
     tokenizer_dir = directory if config.tokenizer is None else _tokenizer_dir(config)
     drafter = make_drafter(config, model, tokenizer_dir)  # its memory is taken before the pages are counted
-    group = uniform_group(spec.layer_cache_specs((kv_dtype or dtype).itemsize), config.block_size)
+    caches = spec.layer_cache_specs((kv_dtype or dtype).itemsize, dtype.itemsize)
+    group = uniform_group(caches, config.block_size)
+    plan = plan_of(ModelGeometry(spec.family, tuple(caches)), config.block_size, config.kv_page_plan)
     limits = config.scheduler(1)
+    sizes = group if plan is None else PlanPages(plan, limits.max_num_batched_tokens)
     activations = activation_bytes(spec, dtype.itemsize, limits.max_num_batched_tokens, limits.max_num_seqs)
     memory, on_cpu = device_memory(device), device.type == "cpu"
     # On a CPU a step is one call into a list of operations already (llmtool/models/cpu_decoder.py).
@@ -348,7 +355,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     captured = min(MAX_TOKENS, limits.max_num_batched_tokens) if captures else 0
     aot_bytes = activation_bytes(spec, dtype.itemsize, captured, 0) if captures else 0
     activations += aot_bytes
-    budget = kv_budget(config, group, spec.max_positions, memory, activations, on_cpu, host_memory().free)
+    budget = kv_budget(config, sizes, spec.max_positions, memory, activations, on_cpu, host_memory().free)
     # Most config.json name the end of sequence; without it, only the tokenizer knows.
     eos = spec.eos_ids or tuple(i for i in [Tokenizer.from_dir(tokenizer_dir).eos_id] if i is not None)
 
@@ -357,7 +364,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
         return GrammarCompiler(grammar_tokenizer(text, spec.vocab_size, eos))
 
     scales = None if kv_dtype is None else checked(model.kv_scales)
-    store = KVStore(group, budget.num_pages, budget.host_pages, device, kv_dtype, scales)
+    groups = (group,) if plan is None else plan.groups
+    store = KVStore(groups, budget.num_pages, budget.host_pages, device, kv_dtype, scales, sizes.page_bytes)
     capture = CudaCapture(device) if captures else None
     executor = TorchExecutor(model, store, config.max_num_seqs, budget.max_model_len, eos, grammars, capture)
     progress("Warming up", 1.0)
@@ -368,7 +376,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     )
     return EngineParts(
         executor,
-        group,
+        plan or group,
         budget.num_pages,
         budget.host_pages,
         scheduler,
@@ -403,7 +411,7 @@ def _describe(
         max_waiting=scheduler.max_waiting,
         num_pages=store.num_pages,
         tokens_per_page=store.group.tokens_per_page,
-        page_bytes=store.group.page_bytes,
+        page_bytes=store.page_bytes,
         host_pages=store.host_pages,
         num_parameters=model.spec.num_parameters,
         weight_bytes=model.weight_bytes,
@@ -411,6 +419,7 @@ def _describe(
         num_threads=num_threads,
         kv_cache_dtype=str(store.dtype or model.dtype).removeprefix("torch."),
         aot_bytes=aot_bytes,
+        large_pages=len(store.groups) > 1 or store.page_bytes > store.group.page_bytes,
     )
 
 

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llmtool.config import EngineConfig, SchedulerConfig
+from llmtool.core.memory.allocator import KVAllocator
 from llmtool.core.memory.geometry import KVCacheGroup
+from llmtool.core.memory.page_plan import PagePlan
+from llmtool.core.memory.select import make_allocator
 from llmtool.core.pooling import PoolingExecutor
 from llmtool.core.ports import Executor
 from llmtool.core.speculation.speculator import BatchProposer
@@ -39,8 +42,8 @@ class PoolingInfo:
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
     """Facts of a running engine. Sizes in bytes; load_seconds: from start to ready. pooling: of an encoder, None
-    for what generates. kv_cache_dtype: of keys and values in their pages; "" where nothing is cached.
-    aot_bytes: set aside for steps captured ahead of time."""
+    for what generates. kv_cache_dtype: of keys and values in their pages; "" where nothing is cached. aot_bytes:
+    set aside for steps captured ahead of time. large_pages: a page holds small ones of several kinds of layers."""
 
     model: str
     served_model_name: str
@@ -66,6 +69,7 @@ class EngineInfo:
     pooling: PoolingInfo | None = None
     kv_cache_dtype: str = ""
     aot_bytes: int = 0
+    large_pages: bool = False
 
     @property
     def kv_bytes(self) -> int:
@@ -99,18 +103,24 @@ def memory_bytes(info: Sizes, stats: EngineStats) -> dict[str, int]:
 
 @dataclass(slots=True)
 class EngineParts:
-    """An executor, ready to run, and what the policy must know to drive it. when_idle: called once, in the first
-    pause between requests, to get ready what only some of them need. drafter: a model that drafts.
+    """An executor, ready to run, and what the policy must know to drive it. pages: what num_pages and host_pages
+    count: pages of a group, or large pages of a plan. when_idle: called once, in the first pause between requests,
+    to get ready what only some of them need. drafter: a model that drafts.
     """
 
     executor: Executor
-    group: KVCacheGroup
+    pages: KVCacheGroup | PagePlan
     num_pages: int
     host_pages: int
     scheduler: SchedulerConfig
     info: EngineInfo
     when_idle: Callable[[], None] | None = None
     drafter: BatchProposer | None = None
+
+    def allocator(self, prefix_caching: bool = True) -> KVAllocator:
+        """For a new scheduler over these pages."""
+        step = self.scheduler.max_num_batched_tokens
+        return make_allocator(self.pages, self.num_pages, self.host_pages, prefix_caching, step)
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from llmtool.core.admission import sibling_seed
 from llmtool.core.request import BeamParams, FinishReason, SamplingParams
 from llmtool.errors import QueueFull, RequestTooLong
 from tests.support.core import expected, make_engine
+from tests.support.pages import PARTS
 
 
 class CoreMachine(RuleBasedStateMachine):
@@ -20,9 +21,18 @@ class CoreMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         in_flight=st.integers(1, 3),
         caching=st.booleans(),
+        model_name=st.sampled_from([None, None, *sorted(PARTS)]),
     )
     def start(
-        self, pages: int, seats: int, budget: int, preemption: str, policy: str, in_flight: int, caching: bool
+        self,
+        pages: int,
+        seats: int,
+        budget: int,
+        preemption: str,
+        policy: str,
+        in_flight: int,
+        caching: bool,
+        model_name: str | None,
     ) -> None:
         self.engine = make_engine(
             pages,
@@ -33,6 +43,7 @@ class CoreMachine(RuleBasedStateMachine):
             policy=policy,
             max_in_flight=in_flight,
             prefix_caching=caching,
+            model_name=model_name,
             max_waiting=12,
         )
         self.seats = seats

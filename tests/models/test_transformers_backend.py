@@ -51,7 +51,7 @@ def test_logits_of_models_without_a_family(tmp_path: Path, kind: str) -> None:
             {"head_dim": 8, "layer_types": ["chunked_attention"] * 3},
             "has layers of chunked_attention",
         ),
-        ("lfm2", {"layer_types": ["conv", "full_attention", "conv"]}, "has layers of conv"),
+        ("lfm2_moe", {"layer_types": ["conv", "full_attention", "conv"]}, "has layers of conv"),
     ],
 )
 def test_what_cannot_run_says_why(tmp_path: Path, kind: str, settings: dict[str, Any], message: str) -> None:

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 
 from llmtool.config import EngineConfig
 from llmtool.core.engine import Engine
-from llmtool.core.memory.uniform import UniformAllocator
 from llmtool.core.ports import RealClock
 from llmtool.core.request import Grammar, SamplingParams
 from llmtool.core.scheduler import Scheduler
@@ -48,7 +47,7 @@ def build(directory: Path, **settings: Any) -> tuple[EngineParts, list[tuple[str
 
 
 def engine_of(parts: EngineParts) -> Engine:
-    allocator = UniformAllocator(parts.group, parts.num_pages, parts.host_pages)
+    allocator = parts.allocator()
     return Engine(
         Scheduler(parts.scheduler, allocator, parts.info.eos_token_ids), parts.executor, RealClock()
     )
@@ -75,7 +74,7 @@ def test_an_engine_from_settings_serves(tiny: TinyModel, directory: Path) -> Non
     info = parts.info
     assert (info.vocab_size, info.eos_token_ids, info.max_model_len) == (VOCAB, (EOS,), MAX_LEN)
     assert info.num_pages == parts.num_pages == 4 * MAX_LEN // 8
-    assert info.page_bytes == parts.group.page_bytes
+    assert info.page_bytes == parts.pages.page_bytes
     assert info.host_pages == parts.host_pages == 2**20 // info.page_bytes
     assert info.kv_bytes == parts.executor.store.nbytes  # type: ignore[attr-defined]
     assert 4 <= info.weight_bytes / info.num_parameters < 1.1 * 4
@@ -143,7 +142,7 @@ def test_an_engine_serves_from_keys_and_values_in_eight_bits(
     settings: dict[str, Any] = {"kv_cache_dtype": name, "max_num_batched_tokens": 8}
     parts, _ = build(directory, **settings)
     assert parts.info.kv_cache_dtype == str(KV_DTYPES[name]).removeprefix("torch.")
-    assert 4 * parts.group.bytes_per_token == tiny.group(8).bytes_per_token
+    assert 4 * parts.pages.bytes_per_token == tiny.group(8).bytes_per_token
     engine = engine_of(parts)
     params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     prompt = list(range(5, 25))
@@ -156,7 +155,7 @@ def test_an_engine_serves_from_keys_and_values_in_eight_bits(
     assert behind.median() == 0
     assert engine.stats.prefix_hits > 0
     # With room for two of four: what was swapped comes back as it was.
-    room = {"kv_cache_memory_bytes": 10 * parts.group.page_bytes, "swap_space_bytes": 2**20}
+    room = {"kv_cache_memory_bytes": 10 * parts.pages.page_bytes, "swap_space_bytes": 2**20}
     tight = engine_of(build(directory, **settings, **room, max_model_len=48, preemption="swap")[0])
     prompts = [prompt, *([p] * 20 for p in (7, 9, 11))]
     alone = [answer(engine, p, params) for p in prompts]

@@ -14,7 +14,7 @@ import pytest
 from llmtool.config import SchedulerConfig
 from llmtool.core.admission import sibling_seed
 from llmtool.core.engine import Engine
-from llmtool.core.memory.uniform import UniformAllocator
+from llmtool.core.memory.select import make_allocator
 from llmtool.core.ports import RealClock, VirtualClock
 from llmtool.core.request import BeamParams, FinishReason, Grammar, SamplingParams, SequenceOutput
 from llmtool.core.scheduler import Scheduler
@@ -33,9 +33,11 @@ def make_engine(
     preemption: str = "recompute",
     prefix_caching: bool = True,
     eos: Sequence[int] = (),
+    plan: str = "uniform",
 ) -> Engine:
-    executor = tiny.executor(tokens_per_page, num_pages, host_pages=host_pages, max_num_seqs=seqs)
-    allocator = UniformAllocator(executor.store.group, num_pages, host_pages, prefix_caching)
+    pages = tiny.plan(tokens_per_page, plan)
+    executor = tiny.executor(tokens_per_page, num_pages, host_pages=host_pages, max_num_seqs=seqs, plan=pages)
+    allocator = make_allocator(pages or executor.store.group, num_pages, host_pages, prefix_caching, budget)
     config = SchedulerConfig(
         max_num_seqs=seqs, max_num_batched_tokens=budget, max_model_len=MAX_LEN, preemption=preemption
     )

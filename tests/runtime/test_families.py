@@ -10,12 +10,18 @@ from typing import Any
 import pytest
 import torch
 
+from llmtool.core.engine import Engine
+from llmtool.core.memory.tables import PlanPages
+from llmtool.core.memory.two_level import TwoLevelAllocator
 from llmtool.core.request import SamplingParams
+from llmtool.core.speculation.controllers import FixedController
+from llmtool.core.speculation.speculator import Speculator
 from llmtool.models.loader import load
 from tests.models.conftest import FAMILIES, build
 from tests.models.foreign import RUNS, save
 from tests.models.paged import PagedSequences
 from tests.runtime.test_engine_equality import Collector, conversations, make_engine
+from tests.runtime.test_speculation import knowing, speculating
 from tests.runtime.tiny import MAX_LEN, VOCAB, TinyModel
 
 # transformers turns the keys of its cache anew where a context outgrows longrope's short factors, and no engine
@@ -75,6 +81,66 @@ def test_greedy_equals_generate(
 ) -> None:
     tiny, answers = family(name)
     engine = make_engine(tiny, **CONDITIONS[condition])
+    check(engine, answers)
+    stats = engine.stats
+    assert stats.preemptions > 0
+    assert stats.prefix_hits > 0
+    assert (stats.swapped_pages > 0) == ("swap" in condition)
+
+
+# Families with layers that see a window, one of them through transformers' code.
+WINDOWS = ["gemma2", "gemma3", "gpt-oss", "mistral-window", "phi3-window", "qwen2-window", "cohere2"]
+LARGE: dict[str, dict[str, Any]] = {
+    "plenty": {"budget": 16, "num_pages": 300},
+    "chunks and recomputation": {"budget": 13},
+    "swapping": {"host_pages": 60, "budget": 13, "preemption": "swap"},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+@pytest.mark.parametrize("plan", ["near", "lcm"])
+@pytest.mark.parametrize("condition", LARGE)
+def test_greedy_equals_generate_over_large_pages(
+    family: Callable[[str], tuple[TinyModel, Expected]], name: str, plan: str, condition: str
+) -> None:
+    """Pages outside a window are given up, and given to others."""
+    tiny, answers = family(name)
+    pages = tiny.plan(4, plan)
+    assert pages is not None
+    # Little more than the longest sequence needs, unless the condition says otherwise.
+    room = {"num_pages": PlanPages(pages, LARGE[condition]["budget"]).pages(LONGEST) * 5 // 4}
+    engine = make_engine(tiny, plan=plan, **room | LARGE[condition])
+    assert isinstance(engine.scheduler.allocator, TwoLevelAllocator)
+    check(engine, answers)
+    stats, keeps_all = engine.stats, None in tiny.decoder.spec.windows
+    if condition == "plenty":
+        assert stats.prefix_hits > 0 and stats.preemptions == 0
+    elif keeps_all:  # a sequence that sees windows only hardly grows
+        assert stats.preemptions > 0
+        assert (stats.swapped_pages > 0) == (condition == "swapping")
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gpt-oss"])
+@pytest.mark.parametrize("condition", LARGE)
+def test_wrong_drafts_are_rolled_back_over_large_pages(
+    family: Callable[[str], tuple[TinyModel, Expected]], name: str, condition: str
+) -> None:
+    """A window moves past tokens that stay, never past drafts: what is read after a rollback is still there."""
+    tiny, answers = family(name)
+    pages = tiny.plan(4, "near")
+    assert pages is not None
+    room = {"num_pages": PlanPages(pages, LARGE[condition]["budget"]).pages(LONGEST) * 5 // 4}
+    outputs = {(str(i), 0): tokens for i, (_, tokens) in enumerate(answers)}
+    proposer = knowing(outputs, [(prompt, SamplingParams()) for prompt, _ in answers], 0.6, 3)
+    drafts = Speculator(FixedController(5), proposer)
+    engine = speculating(make_engine(tiny, plan="near", **room | LARGE[condition]), drafts)
+    check(engine, answers)
+    spec = engine.stats.spec
+    assert spec is not None and 0 < spec.accepted_tokens < spec.draft_tokens
+
+
+def check(engine: Engine, answers: Expected) -> None:
+    """All at once; every answer is the one it would get alone."""
     collector = Collector(engine)
     rng = random.Random(1)
     for i, (prompt, tokens) in enumerate(answers):
@@ -84,10 +150,6 @@ def test_greedy_equals_generate(
     collector.drain()
     for i, (_, tokens) in enumerate(answers):
         assert collector.tokens[str(i), 0] == tokens, i
-    stats = engine.stats
-    assert stats.preemptions > 0
-    assert stats.prefix_hits > 0
-    assert (stats.swapped_pages > 0) == ("swap" in condition)
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

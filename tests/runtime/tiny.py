@@ -12,6 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmtool.core.memory.geometry import KVCacheGroup, uniform_group
+from llmtool.core.memory.model import ModelGeometry
+from llmtool.core.memory.page_plan import PagePlan
+from llmtool.core.memory.select import plan_of
 from llmtool.core.ports import NewRequest, PageCopy, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import SamplingParams
 from llmtool.models.decoder import Decoder
@@ -52,8 +55,18 @@ class TinyModel:
     def group(self, tokens_per_page: int) -> KVCacheGroup:
         return uniform_group(self.decoder.spec.layer_cache_specs(4), tokens_per_page)
 
+    def plan(self, tokens_per_page: int, mode: str = "near") -> PagePlan | None:
+        geometry = ModelGeometry.from_spec(self.decoder.spec, 4)
+        return plan_of(geometry, tokens_per_page, mode)
+
     def executor(self, tokens_per_page: int = 4, num_pages: int = 64, **options: Any) -> TorchExecutor:
-        store = KVStore(self.group(tokens_per_page), num_pages, options.pop("host_pages", 0))
+        plan: PagePlan | None = options.pop("plan", None)
+        store = KVStore(
+            self.group(tokens_per_page) if plan is None else plan.groups,
+            num_pages,
+            options.pop("host_pages", 0),
+            page_bytes=None if plan is None else plan.large_page,
+        )
         max_num_seqs = options.pop("max_num_seqs", 8)
         return TorchExecutor(self.decoder, store, max_num_seqs, MAX_LEN, [EOS], **options)
 

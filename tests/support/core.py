@@ -7,11 +7,15 @@ from collections.abc import Sequence
 
 from llmtool.config import SchedulerConfig
 from llmtool.core.engine import Engine
+from llmtool.core.memory.allocator import KVAllocator
 from llmtool.core.memory.geometry import KVCacheGroup, LayerCacheSpec, uniform_group
+from llmtool.core.memory.page_plan import plan_pages
+from llmtool.core.memory.two_level import TwoLevelAllocator
 from llmtool.core.memory.uniform import UniformAllocator
-from llmtool.core.ports import Clock, Drafts, PageCopy, SchedulerOutput, StepResult, VirtualClock
+from llmtool.core.ports import Clock, Drafts, SchedulerOutput, StepResult, VirtualClock
 from llmtool.core.request import SamplingParams, TokenLogprob
 from llmtool.core.scheduler import Scheduler
+from tests.support.pages import PageMemory, Work, model
 
 VOCAB = 97
 LAYERS = [LayerCacheSpec(layer, 2, 8, 8, 4) for layer in range(2)]
@@ -40,61 +44,54 @@ def next_logprobs(tokens: Sequence[int], k: int) -> tuple[tuple[int, float], ...
 
 
 class MemoryExecutor:
-    """An executor whose "KV" is the token itself, written into pages and read back through the block table: it
-    answers from what it reads, so a wrong table, a lost copy or a page shared by mistake changes its tokens.
+    """An executor whose "KV" is a fingerprint of the tokens, written into pages and read back through the block
+    tables: a wrong table, a lost copy or a page shared by mistake shows in the step that reads it.
     """
 
-    def __init__(self, kv_group: KVCacheGroup, max_in_flight: int = 1, seconds: float = 0.01) -> None:
+    def __init__(
+        self, groups: KVCacheGroup | Sequence[KVCacheGroup], max_in_flight: int = 1, seconds: float = 0.01
+    ) -> None:
         self.max_in_flight = max_in_flight
         self.seconds = seconds
-        self._size = kv_group.tokens_per_page
-        self._device: dict[int, list[int]] = {}
-        self._host: dict[int, list[int]] = {}
-        self._tables: dict[str, list[int]] = {}
+        groups = [groups] if isinstance(groups, KVCacheGroup) else groups
+        self._device, self._host = PageMemory(groups), PageMemory(groups)
+        self._tables: dict[str, list[list[int]]] = {}
         self._tokens: dict[str, list[int]] = {}
         self._facts: dict[str, tuple[SamplingParams, int]] = {}
         self._results: list[StepResult] = []
         self.failing: set[str] = set()
         self.max_batch_tokens = 0
 
-    def _copy(
-        self, target: dict[int, list[int]], source: dict[int, list[int]], copies: list[PageCopy]
-    ) -> None:
-        for copy in copies:
-            target[copy.dst] = list(source.get(copy.src, [-1] * self._size))
-
     def submit(self, out: SchedulerOutput) -> None:
         for sequence in out.finished:
             for known in (self._tables, self._tokens, self._facts):
                 known.pop(sequence, None)
-        self._copy(self._host, self._device, out.swap_out)
-        self._copy(self._device, self._host, out.swap_in)
-        self._copy(self._device, self._device, out.copies)
+        self._host.copy_from(self._device, out.swap_out)
+        self._device.copy_from(self._host, out.swap_in)
+        self._device.copy_from(self._device, out.copies)
         for new in out.new:
-            self._tables[new.id] = list(new.tables[0])
+            self._tables[new.id] = [list(table) for table in new.tables]
             self._tokens[new.id] = list(new.token_ids)
             self._facts[new.id] = (new.params, new.seed)
         self.max_batch_tokens = max(self.max_batch_tokens, out.num_tokens)
         assert out.num_tokens == sum(s.num_tokens for s in out.scheduled)
+        step = []
         for entry in out.scheduled:
-            table = self._tables[entry.id]
+            tables = self._tables[entry.id]
             for g, index, value in entry.table_edits:
-                assert g == 0
-                table[index] = value
-            if entry.keep_pages:
-                del table[entry.keep_pages[0] :]
-            table.extend(entry.new_pages[0] if entry.new_pages else ())
+                tables[g][index] = value
+            for table, kept in zip(tables, entry.keep_pages, strict=False):
+                del table[kept:]
+            for table, entries in zip(tables, entry.new_pages, strict=False):
+                table.extend(entries)
             self._tokens[entry.id].extend(entry.new_token_ids)
-            for position in range(entry.start, entry.start + entry.num_tokens):
-                page = self._device.setdefault(table[position // self._size], [-1] * self._size)
-                page[position % self._size] = (*self._tokens[entry.id], *entry.draft)[position]
-        # Every sequence reads after all have written, as real layers do.
-        tokens, logprobs, errors = [], {}, {}
-        for entry in out.scheduled:
             end = entry.start + entry.num_tokens
-            table = self._tables[entry.id]
-            seen = [self._device[table[p // self._size]][p % self._size] for p in range(end)]
-            assert seen == [*self._tokens[entry.id], *entry.draft][:end], f"{entry.id} reads {seen}"
+            seen = [*self._tokens[entry.id], *entry.draft][:end]
+            step.append(Work(entry.id, tables, seen, entry.start, end))
+        self._device.run(step)
+        tokens, logprobs, errors = [], {}, {}
+        for entry, work in zip(out.scheduled, step, strict=True):
+            seen, end = list(work.tokens), work.end
             if entry.id in self.failing:
                 errors[entry.id] = "it was told to fail"
                 tokens.append([])
@@ -127,14 +124,19 @@ def make_engine(
     eos: Sequence[int] = (),
     clock: Clock | None = None,
     drafts: Drafts | None = None,
+    model_name: str | None = None,
     **config: object,
 ) -> Engine:
+    """model_name: a model of tests.support.pages, whose large pages these are; None: uniform pages."""
     settings = {"max_num_seqs": 8, "max_num_batched_tokens": 16, "max_model_len": 64, "max_waiting": 1000}
     settings |= config  # type: ignore[arg-type]
-    kv_group = group(tokens_per_page)
-    allocator = UniformAllocator(kv_group, num_pages, host_pages, prefix_caching)
+    allocator: KVAllocator = UniformAllocator(group(tokens_per_page), num_pages, host_pages, prefix_caching)
+    if model_name is not None:
+        plan = plan_pages(model(model_name), tokens_per_page, 8192)
+        budget = int(settings["max_num_batched_tokens"])
+        allocator = TwoLevelAllocator(plan, num_pages, host_pages, prefix_caching, budget, 16, 4)
     scheduler = Scheduler(SchedulerConfig(**settings), allocator, eos, drafts)  # type: ignore[arg-type]
-    return Engine(scheduler, MemoryExecutor(kv_group, max_in_flight), clock or VirtualClock())
+    return Engine(scheduler, MemoryExecutor(allocator.groups, max_in_flight), clock or VirtualClock())
 
 
 def expected(prompt: Sequence[int], max_tokens: int, seed: int = 0, stops: Sequence[int] = ()) -> list[int]:

@@ -70,6 +70,14 @@ class KVAllocator(Protocol):
         """Pages that a fresh sequence of `num_tokens` tokens takes."""
         ...
 
+    def headroom(self, running: int) -> int:
+        """Pages to leave for `running` sequences when another begins: half of what each will next want."""
+        ...
+
+    def growth_fits(self, growths: Sequence[tuple[str, int]]) -> bool:
+        """Can all these sequences grow to these lengths, whatever the order? May say no where they could."""
+        ...
+
     def would_free(self, seq: str) -> int:
         """Pages that become available when this sequence gives up its own."""
         ...
@@ -83,11 +91,13 @@ class KVAllocator(Protocol):
         salt: str = "",
         headroom: int = 0,
         reuse: bool = True,
+        hints: Sequence[int] = (),
     ) -> int:
         """Take over the longest cached prefix of `token_ids` and reserve pages for up to `max_new` more of its
         tokens. At least one token is left to compute. Returns the cached tokens. headroom: pages of the whole
         sequence and `headroom` more must be available, or OutOfPages. reuse=False: take nothing from the cache
-        (every position must be computed, for prompt logprobs)."""
+        (every position must be computed, for prompt logprobs). hints: lengths of prefixes that later prompts may
+        share, such as ends of chat messages."""
         ...
 
     def extend(self, seq: str, target: int) -> Extension | None:
@@ -100,6 +110,10 @@ class KVAllocator(Protocol):
 
     def advance(self, seq: str, num_tokens: int) -> None:
         """The first `num_tokens` tokens are known and computed by steps already submitted: cache full pages."""
+        ...
+
+    def can_fork(self, parent: str, num_tokens: int) -> bool:
+        """Is what the token at position `num_tokens` reads still there? Windows and states move on."""
         ...
 
     def fork(self, parent: str, child: str, token_ids: Sequence[int], num_tokens: int) -> None:
@@ -118,8 +132,8 @@ class KVAllocator(Protocol):
         """Move the sequence's KV to host memory. None: no room there; nothing changed."""
         ...
 
-    def swap_in(self, seq: str) -> list[PageCopy]:
-        """Bring it back. Raises OutOfPages."""
+    def swap_in(self, seq: str, target: int = 0) -> list[PageCopy]:
+        """Bring it back, with room for `target` tokens. Raises OutOfPages."""
         ...
 
     def preempt(self, seq: str) -> None:

@@ -67,7 +67,7 @@ class Arena:
         self._in_place = [0] * len(self.types)
         # Heaps with stale entries: one counts only while it says what the page says.
         self._small_lru: list[list[tuple[int, int, int]]] = [[] for _ in types]  # access, -depth, page
-        self._large_lru: list[tuple[int, int]] = []  # max access, large page
+        self._large_lru: list[tuple[int, int, int]] = []  # last access, -depth, large page
 
     @classmethod
     def of(cls, plan: PagePlan, num_large: int) -> Arena:
@@ -90,15 +90,37 @@ class Arena:
         large, slot = divmod(page, self.width)
         return bool(self._evictable[large] >> slot & 1)
 
+    def kind_of(self, page: int) -> int:
+        """The layer type of a page that is not empty."""
+        return self._owner[page // self.width]
+
+    def num_evictable(self) -> int:
+        return sum(mask.bit_count() for mask in self._evictable)
+
     def available(self, kind: int) -> int:
         """Small pages of one type that could be had if no other type wanted any."""
         return self._in_place[kind] + self._reclaimable * self.types[kind].per_large
 
+    @property
+    def reclaimable(self) -> int:
+        """Large pages that hold nothing that is in use."""
+        return self._reclaimable
+
+    @property
+    def num_free(self) -> int:
+        """Large pages that hold nothing."""
+        return len(self._free)
+
+    def is_alone(self, page: int, pages: int) -> bool:
+        """Whether the page's large page has no more than `pages` small pages in use."""
+        return self._used[page // self.width] <= pages
+
     def fits(self, wants: Sequence[int]) -> bool:
         """Would `take` succeed? wants: small pages per type."""
-        return self._large_needed(wants) <= self._reclaimable
+        return self.large_needed(wants) <= self._reclaimable
 
-    def _large_needed(self, wants: Sequence[int]) -> int:
+    def large_needed(self, wants: Sequence[int]) -> int:
+        """Large pages that `take` must find beside what large pages in use have room for."""
         return sum(
             -(-max(0, want - here) // kind.per_large)
             for want, here, kind in zip(wants, self._in_place, self.types, strict=True)
@@ -140,7 +162,7 @@ class Arena:
             if self._used[large]:
                 return self._use_empty(large)
         # May this page open a large page that nobody uses, and the rest of the demand still be met?
-        opens = left[kind] > self._in_place[kind] or self._large_needed(left) < self._reclaimable
+        opens = left[kind] > self._in_place[kind] or self.large_needed(left) < self._reclaimable
         if opens and mine:
             return self._use_empty(next(iter(mine)))
         if opens:
@@ -198,19 +220,26 @@ class Arena:
 
     # -- evicting ------------------------------------------------------------------------------------------
 
-    def _last_access(self, large: int) -> int:
-        first, mask, last = large * self.width, self._evictable[large], 0
+    def _age(self, large: int) -> tuple[int, int]:
+        """The last access to any evictable page of a large page, and its depth, deepest first."""
+        first, mask = large * self.width, self._evictable[large]
+        last, depth = -(1 << 62), 0
         while mask:
             low = mask & -mask
-            last = max(last, self._access[first + low.bit_length() - 1])
+            page = first + low.bit_length() - 1
+            if self._access[page] > last:
+                last, depth = self._access[page], self._depth[page]
+            elif self._access[page] == last:
+                depth = max(depth, self._depth[page])
             mask ^= low
-        return last
+        return last, -depth
 
     def _evict_large(self, evicted: list[int]) -> int | None:
-        """Balanced eviction: across types, by the last access to any of a large page's small pages."""
+        """Balanced eviction: across types, by the last access to any of a large page's small pages; of those last
+        read together the deepest goes first."""
         while self._large_lru:
-            when, large = heappop(self._large_lru)
-            if self._used[large] == 0 and self._evictable[large] and self._last_access(large) == when:
+            when, depth, large = heappop(self._large_lru)
+            if self._used[large] == 0 and self._evictable[large] and self._age(large) == (when, depth):
                 first, mask = large * self.width, self._evictable[large]
                 evicted.extend(first + slot for slot in range(self.width) if mask >> slot & 1)
                 self._evictable[large] = 0
@@ -273,6 +302,10 @@ class Arena:
         if self._used[large] == 0 and self._evictable[large]:
             self._push_large(large)
 
+    def unhold(self, page: int) -> None:
+        """Take back a `hold`: the page is as recently used as it was before."""
+        self.release(page, self._access[page], self._depth[page])
+
     def forget(self, page: int) -> None:
         """An evictable page becomes empty."""
         large, slot = divmod(page, self.width)
@@ -298,10 +331,10 @@ class Arena:
             heapify(heap)
 
     def _push_large(self, large: int) -> None:
-        heappush(self._large_lru, (self._last_access(large), large))
+        heappush(self._large_lru, (*self._age(large), large))
         if len(self._large_lru) > 4 * self.num_large + 64:
             idle = [n for n in range(self.num_large) if self._evictable[n] and not self._used[n]]
-            self._large_lru = [(self._last_access(n), n) for n in idle]
+            self._large_lru = [(*self._age(n), n) for n in idle]
             heapify(self._large_lru)
 
     # -- accounts ------------------------------------------------------------------------------------------

@@ -86,6 +86,12 @@ class ContiguousAllocator:
     def max_tokens(self) -> int:
         return 1 << (self._tokens.bit_length() - 1)
 
+    def headroom(self, running: int) -> int:
+        return 0
+
+    def growth_fits(self, growths: Sequence[tuple[str, int]]) -> bool:
+        return True
+
     def would_free(self, seq: str) -> int:
         return self._chunks[seq].reserved
 
@@ -98,6 +104,7 @@ class ContiguousAllocator:
         salt: str = "",
         headroom: int = 0,
         reuse: bool = True,
+        hints: Sequence[int] = (),
     ) -> int:
         self._start(seq, len(token_ids), min(len(token_ids), max_new))
         return 0
@@ -120,6 +127,9 @@ class ContiguousAllocator:
     def advance(self, seq: str, num_tokens: int) -> None:
         pass
 
+    def can_fork(self, parent: str, num_tokens: int) -> bool:
+        return True
+
     def fork(self, parent: str, child: str, token_ids: Sequence[int], num_tokens: int) -> None:
         self._start(child, num_tokens, num_tokens)
 
@@ -134,7 +144,7 @@ class ContiguousAllocator:
     def swap_out(self, seq: str) -> list[PageCopy] | None:
         return None
 
-    def swap_in(self, seq: str) -> list[PageCopy]:
+    def swap_in(self, seq: str, target: int = 0) -> list[PageCopy]:
         raise AssertionError("nothing is ever swapped out")
 
     def preempt(self, seq: str) -> None:

@@ -120,6 +120,10 @@ class KVCacheGroup:
         """Pages that `num_tokens` tokens need."""
         return -(-num_tokens // self.tokens_per_page)
 
+    def least(self, sequences: int) -> int:
+        """Pages that so many sequences need to run at once."""
+        return sequences
+
 
 def uniform_group(layers: Sequence[LayerCacheSpec], tokens_per_page: int, name: str = "full") -> KVCacheGroup:
     """One group for all `layers`, packed in order, the page padded to a multiple of UNIT bytes."""

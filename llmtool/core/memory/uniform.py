@@ -68,6 +68,13 @@ class UniformAllocator:
     def max_tokens(self) -> int:
         return self.num_pages * self._tokens_per_page
 
+    def headroom(self, running: int) -> int:
+        return running // 2
+
+    def growth_fits(self, growths: Sequence[tuple[str, int]]) -> bool:
+        pages_for, seqs = self.pages_for, self._seqs
+        return sum(pages_for(n) - len(seqs[seq].pages) for seq, n in growths) <= self.available()
+
     def would_free(self, seq: str) -> int:
         return sum(self._refs[page] == 1 for page in self._seqs[seq].pages)
 
@@ -86,6 +93,7 @@ class UniformAllocator:
         salt: str = "",
         headroom: int = 0,
         reuse: bool = True,
+        hints: Sequence[int] = (),
     ) -> int:
         assert seq not in self._seqs and max_new >= 1
         state = _Sequence(token_ids, root_hash(salt) if self.prefix_caching else b"")
@@ -214,6 +222,10 @@ class UniformAllocator:
     def _spare(self, state: _Sequence) -> list[int]:
         return [index for index, page in state.shadow.items() if self._refs[page] == 1]
 
+    def can_fork(self, parent: str, num_tokens: int) -> bool:
+        source = self._seqs[parent]
+        return source.host is None and num_tokens <= source.length
+
     def fork(self, parent: str, child: str, token_ids: Sequence[int], num_tokens: int) -> None:
         source = self._seqs[parent]
         assert child not in self._seqs and num_tokens <= source.length and source.host is None
@@ -282,7 +294,7 @@ class UniformAllocator:
         state.pages, state.shadow, state.host = [], {}, host
         return copies
 
-    def swap_in(self, seq: str) -> list[PageCopy]:
+    def swap_in(self, seq: str, target: int = 0) -> list[PageCopy]:
         state = self._seqs[seq]
         assert state.host is not None
         # A page that is still in the cache needs no copy.

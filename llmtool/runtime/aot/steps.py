@@ -133,7 +133,7 @@ class StepGraphs:
         return self.model.forward(inputs.input_ids, inputs.positions, kv)
 
     def _add(self, shape: Shape, inputs: StepInputs) -> None:
-        if any(batch.tree is not None for batch in inputs.batches):
+        if any(batch.tree is not None for batch in _attention(inputs)):
             self._refused.add(shape)  # a tree's words are another launch
             return
         started = time.perf_counter()
@@ -162,6 +162,13 @@ class StepGraphs:
         self._hot = Hotness(1 << 62)
 
 
+def _attention(inputs: StepInputs) -> list[AttentionBatch]:
+    """The step's groups, none of which keeps a state: graphs hold none."""
+    batches = [batch for batch in inputs.batches if isinstance(batch, AttentionBatch)]
+    assert len(batches) == len(inputs.batches)
+    return batches
+
+
 def _buffers(shape: Shape, widths: Sequence[int], device: torch.device) -> _Captured:
     n, count = sum(shape), len(shape)
 
@@ -188,7 +195,7 @@ def _fill(captured: _Captured, inputs: StepInputs, shape: Shape, device: torch.d
     n, count = len(inputs.input_ids), len(inputs.lengths)
     missing = len(shape) - count
     each = shape[0]
-    for batch, given in zip(captured.batches, inputs.batches, strict=True):
+    for batch, given in zip(captured.batches, _attention(inputs), strict=True):
         width = given.block_tables.shape[1]
         batch.block_tables[:count, :width].copy_(given.block_tables)
         batch.seq_lens[:count].copy_(given.seq_lens)
@@ -217,7 +224,7 @@ def _fill(captured: _Captured, inputs: StepInputs, shape: Shape, device: torch.d
     captured.ids[:n].copy_(inputs.input_ids)
     captured.positions[:n].copy_(inputs.positions)
     if missing:
-        shortest = min(range(count), key=list(inputs.batches[0].kv_lens).__getitem__)
+        shortest = min(range(count), key=list(_attention(inputs)[0].kv_lens).__getitem__)
         own = slice(shortest * each, (shortest + 1) * each)
         captured.ids[n:].copy_(inputs.input_ids[own].repeat(missing))
         captured.positions[n:].copy_(inputs.positions[own].repeat(missing))
