@@ -73,7 +73,7 @@ class _Frame:
 
 def ticks(top: float, wanted: int = 5) -> list[float]:
     """Round values from 0 up to the first at or above `top`: steps of 1, 2 or 5 times a power of ten."""
-    if not top > 0:
+    if not top > 1e-300:  # below, steps would be no normal floats
         return [0.0, 1.0]
     magnitude = 10.0 ** math.floor(math.log10(top / wanted))
     step = next(f * magnitude for f in (1, 2, 5, 10) if f * magnitude * wanted >= top * 0.999)

@@ -114,6 +114,11 @@ def test_ticks_are_round_cover_the_data_and_are_few(top: float, wanted: int) -> 
     assert f"{values[1]:e}"[0] in "125"
 
 
+@pytest.mark.parametrize("top", [0.0, 5e-324, 1e-310])
+def test_an_axis_of_next_to_nothing(top: float) -> None:
+    assert ticks(top) == [0.0, 1.0]
+
+
 @given(st.lists(st.tuples(st.floats(0, 1e6), st.floats(0, 1e6)), max_size=30), st.booleans())
 def test_charts_are_well_formed_and_stay_inside_their_frame(
     points: list[tuple[float, float]], step: bool
