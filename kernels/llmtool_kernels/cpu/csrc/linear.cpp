@@ -32,7 +32,7 @@ struct Writer {
     int64_t panel;
 
     template <class T>
-    LLMTOOL_INLINE_MEMBER void put_columns(int64_t row, int64_t column, f32x16 v, int64_t width) const {
+    void put_columns(int64_t row, int64_t column, f32x16 v, int64_t width) const {
         T *out = static_cast<T *>(op.out) + row * op.out_stride + column;
         int64_t count = std::min<int64_t>(LANES, width - column);
         if (count <= 0) return;
@@ -40,14 +40,14 @@ struct Writer {
         store_lanes(out, v, count);
     }
 
-    LLMTOOL_INLINE_MEMBER void put_columns(int64_t row, int64_t column, f32x16 v, int64_t width) const {
+    void put_columns(int64_t row, int64_t column, f32x16 v, int64_t width) const {
         if (op.out_type == F32)
             put_columns<float>(row, column, v, width);
         else
             put_columns<uint16_t>(row, column, v, width);
     }
 
-    LLMTOOL_INLINE_MEMBER void operator()(int64_t row, f32x16 left, f32x16 right) const {
+    void operator()(int64_t row, f32x16 left, f32x16 right) const {
         if (op.bias) {
             left += load<f32x16>(op.bias + panel * PANEL);
             right += load<f32x16>(op.bias + panel * PANEL + LANES);
@@ -77,7 +77,7 @@ class CompactWriter {
     CompactWriter(const Linear &op, int64_t panel)
         : write_{op, panel}, op_(op), first_(op.weight.starts[panel]), last_(op.weight.starts[panel + 1]) {}
 
-    LLMTOOL_INLINE_MEMBER void operator()(int64_t row, f32x16 left, f32x16 right) const {
+    void operator()(int64_t row, f32x16 left, f32x16 right) const {
         if (first_ != last_) {
             const uint16_t *x = static_cast<const uint16_t *>(op_.x) + row * op_.x_stride;
             alignas(64) float sums[PANEL] = {};
