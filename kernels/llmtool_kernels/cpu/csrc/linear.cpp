@@ -181,6 +181,13 @@ void compact_rows(const Linear &op, int64_t first, int64_t panel, int64_t next_p
     for (int m = 0; m < ROWS; m++) write(first + m, acc[m][0], acc[m][1]);
 }
 
+// Sums of `rows` rows on their way out: one call for all.
+__attribute__((noinline)) void finish_rows(const Linear &op, int64_t row, int64_t rows, int64_t panel,
+                                           const f32x16 (*acc)[2]) {
+    CompactWriter write(op, panel);
+    for (int64_t m = 0; m < rows; m++) write(row + m, acc[m][0], acc[m][1]);
+}
+
 // ROWS rows that decode the panel on its way, `next` being the panel after it. kept: room for the whole panel decoded,
 // or null. Functions of their own: one with all of them inside is too big for GCC to keep sums in registers.
 template <int ROWS>
@@ -195,8 +202,7 @@ __attribute__((noinline)) void compact_block(const Linear &op, int64_t row, int6
         compact_tile_through<ROWS>(x, op.x_stride, w, units, kept, units, acc, NoFetch());
     else
         compact_tile_through<ROWS>(x, op.x_stride, w, units, chunk, CHUNK, acc, FetchCompact{next});
-    CompactWriter write(op, panel);
-    for (int m = 0; m < ROWS; m++) write(row + m, acc[m][0], acc[m][1]);
+    finish_rows(op, row, ROWS, panel, acc);
 }
 
 // ROWS rows that find it decoded. next: null where it is not these rows' to fetch.
@@ -209,8 +215,7 @@ __attribute__((noinline)) void decoded_block(const Linear &op, int64_t row, int6
         tile<Bfloat16, ROWS>(x, op.x_stride, w, op.weight.k / 2, acc, FetchCompact{next});
     else
         tile<Bfloat16, ROWS>(x, op.x_stride, w, op.weight.k / 2, acc, NoFetch());
-    CompactWriter write(op, panel);
-    for (int m = 0; m < ROWS; m++) write(row + m, acc[m][0], acc[m][1]);
+    finish_rows(op, row, ROWS, panel, acc);
 }
 
 // More rows: the first block of them decodes the panel, into the second-level cache for the others.
