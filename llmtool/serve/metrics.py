@@ -201,9 +201,7 @@ class EngineCollector(Collector):
             ("prompt_tokens", "Prompt tokens computed or found.", stats.prompt_tokens),
             ("generation_tokens", "Tokens generated.", stats.generation_tokens),
         ):
-            counter = CounterMetricFamily(prefix + name, text, labels=["model_name"])
-            counter.add_metric(model, value)
-            yield counter
+            yield _counter(prefix + name, text, model, value)
         if stats.spec is not None:
             yield from self._speculation(stats.spec, model)
         yield from self._ours(model)
@@ -216,9 +214,7 @@ class EngineCollector(Collector):
             ("num_draft_tokens", "Draft tokens verified.", spec.draft_tokens),
             ("num_accepted_tokens", "Draft tokens that the model would have said.", spec.accepted_tokens),
         ):
-            counter = CounterMetricFamily(prefix + name, text, labels=["model_name"])
-            counter.add_metric(model, value)
-            yield counter
+            yield _counter(prefix + name, text, model, value)
         at = CounterMetricFamily(
             prefix + "num_accepted_tokens_per_pos",
             "Accepted draft tokens by position in the draft.",
@@ -271,3 +267,9 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(f"llmtool:{name}", text, labels=["model_name"])
             counter.add_metric(model, value)
             yield counter
+
+
+def _counter(name: str, text: str, model: list[str], value: float) -> Metric:
+    counter = CounterMetricFamily(name, text, labels=["model_name"])
+    counter.add_metric(model, value)
+    return counter

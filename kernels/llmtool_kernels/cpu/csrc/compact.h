@@ -1,9 +1,9 @@
 // bfloat16 weights in 12 bits, exactly: reading them from memory is what a decode step waits for.
 //
 // Trained weights use few of bfloat16's 255 exponents. A panel keeps the 15 that it has most of in a table, and for
-// each value its sign and mantissa (8 bits) and the number of its exponent (4 bits; number 0 is exponent 0: zero and what is below all exponents).
-// The few values of other exponents are zero here and are kept beside, as exceptions whose products are added to a
-// finished sum. The idea of coding only the exponent is DFloat11's (arXiv 2504.11651, section 2); fixed lengths in
+// each value its sign and mantissa (8 bits) and the number of its exponent (4 bits; number 0 is exponent 0: zero and
+// what is below all exponents). The few values of other exponents are zero here and are kept beside, as exceptions
+// whose products are added to a finished sum. The idea of coding only the exponent is DFloat11's (arXiv 2504.11651, section 2); fixed lengths in
 // place of its Huffman code decode with four instructions for 32 values.
 //
 // Layout: the table, 64 bytes: the exponents in place, twice; then for every two units (four k) of a bfloat16 panel
