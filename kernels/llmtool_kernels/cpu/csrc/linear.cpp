@@ -80,12 +80,12 @@ class CompactWriter {
     void operator()(int64_t row, f32x16 left, f32x16 right) const {
         if (first_ != last_) {
             const uint16_t *x = static_cast<const uint16_t *>(op_.x) + row * op_.x_stride;
-            alignas(64) float sums[PANEL] = {};
+            // In registers: sums gathered in memory would be read back before their stores are done.
             for (int64_t i = first_; i < last_; i++) {
                 const Exception &e = op_.weight.exceptions[i];
-                sums[e.column] += bf16_to_f32(x[e.k]) * bf16_to_f32(e.value);
+                const float product = bf16_to_f32(x[e.k]) * bf16_to_f32(e.value);
+                left += at_lane(e.column, product), right += at_lane(e.column - LANES, product);
             }
-            left += load<f32x16>(sums), right += load<f32x16>(sums + LANES);
         }
         write_(row, left, right);
     }

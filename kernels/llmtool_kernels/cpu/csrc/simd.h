@@ -51,6 +51,13 @@ LLMTOOL_INLINE void prefetch(const void *p) {
 }
 
 LLMTOOL_INLINE f32x16 splat(float x) { return f32x16{} + x; }
+
+// x in one lane, zero in the others; zero everywhere if there is no such lane.
+LLMTOOL_INLINE f32x16 at_lane(int32_t lane, float x) {
+    const i32x16 lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return lanes == lane ? splat(x) : f32x16{};
+}
+
 LLMTOOL_INLINE f32x16 max(f32x16 a, f32x16 b) { return a > b ? a : b; }
 LLMTOOL_INLINE f32x16 min(f32x16 a, f32x16 b) { return a < b ? a : b; }
 
