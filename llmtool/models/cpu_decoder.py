@@ -77,9 +77,13 @@ class CpuDecoder:
         self._capacity = 0
         self._places: Mapping[int, LayerPlace] | None = None
         self._parts: list[Part] = []
+        self._tail: int | None = None
+        self._attended: Tensor | None = None
         self._out = torch.empty(0)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv: KVContext, wanted: Tensor | None = None
+    ) -> Tensor:
         batches = [batch for batch in kv.batches if isinstance(batch, AttentionBatch)]
         assert len(batches) == len(kv.batches), "no operation moves a state on"
         for batch in batches:
@@ -91,15 +95,32 @@ class CpuDecoder:
         if self._embedding is not None:
             rows = F.embedding(input_ids, self._embedding).float()
             torch.mul(rows, self._embedding_scale, out=self._residual[:n])
-        for part in self._parts:
+        self._run(self._parts[: self._tail], step)
+        if wanted is not None:
+            step = self._narrow(step, wanted)
+        self._run(self._parts[self._tail :], step)
+        return self._out[: step.n]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return finish_logits(self._head(hidden, torch.float32), self.spec)
+
+    def _run(self, parts: Sequence[Part], step: Step) -> None:
+        if not step.n:
+            return
+        for part in parts:
             if isinstance(part, Program):
                 part.run(step.state)
             else:
                 part(step)
-        return self._out[:n]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return finish_logits(self._head(hidden, torch.float32), self.spec)
+    def _narrow(self, step: Step, wanted: Tensor) -> Step:
+        """The step of these rows alone, brought to the front, for what comes after the last layer's keys and
+        values: of a prompt's tokens only the last one's logits are asked for."""
+        m = len(wanted)
+        for buffer in (self._residual, self._attended):
+            if buffer is not None:
+                buffer[:m] = buffer[wanted]
+        return Step(m, StepState(wanted, step.kv.arena, (), ()), (), step.kv)
 
     # -- the list ------------------------------------------------------------------------------------------
 
@@ -121,13 +142,15 @@ class CpuDecoder:
         self._x = torch.empty(rows, spec.hidden_size, dtype=self.dtype)
         self._out = torch.empty(rows, spec.hidden_size, dtype=self.dtype)
         self._scratch: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._parts = []
+        self._parts, self._tail, self._attended = [], None, None
         if self._embedding is None:
             self._program().embed(self._head.weight, self._embedding_scale, self._residual)
         for i, (layer, w) in enumerate(zip(spec.layers, self._layers, strict=True)):
             if spec.attention_of(layer).num_heads:  # a pruned layer may have no heads, or no neurons
                 self._program().rms_norm(self._residual, _float(w.attention_norm), eps, self._x)
                 self._attention(i, layer, w, places[i], rows)
+            if i + 1 == spec.num_layers and self._tail is None:
+                self._begin_tail(None)
             if not isinstance(layer.mlp, DenseSpec) or layer.mlp.intermediate_size:
                 self._program().rms_norm(self._residual, _float(w.mlp_norm), eps, self._x)
                 self._mlp(layer, w, rows)
@@ -135,11 +158,15 @@ class CpuDecoder:
 
     def _program(self) -> Program:
         """The program at the end of the list."""
-        if not self._parts or not isinstance(self._parts[-1], Program):
+        if len(self._parts) in (0, self._tail) or not isinstance(self._parts[-1], Program):
             self._parts.append(Program(self.native))
         last = self._parts[-1]
         assert isinstance(last, Program)
         return last
+
+    def _begin_tail(self, attended: Tensor | None) -> None:
+        """What follows may run for fewer rows, of the residual stream and of `attended`."""
+        self._tail, self._attended = len(self._parts), attended
 
     def _buffer(self, name: str, rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """Scratch [rows, width], the same memory for all layers."""
@@ -162,7 +189,9 @@ class CpuDecoder:
         program.attention(
             q, out, layout, batch, spec.scale, layer.window, spec.softcap, _float(w.attention.sinks)
         )
-        self._block_end(program, out, packed(w.attention.o), w.attention_out_norm)
+        if i + 1 == self.spec.num_layers:
+            self._begin_tail(out)
+        self._block_end(self._program(), out, packed(w.attention.o), w.attention_out_norm)
 
     def _qkv_post(
         self,

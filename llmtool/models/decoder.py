@@ -73,9 +73,11 @@ class Decoder(Protocol):
     @property
     def weight_bytes(self) -> int: ...
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
-        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N]; writes their KV to kv.arena. What is
-        returned may be overwritten by the next call."""
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv: KVContext, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N], or [M, hidden] of the rows
+        `wanted` [M] alone; writes the KV of all to kv.arena. What is returned may be overwritten by the next call."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -112,7 +114,9 @@ class NativeDecoder:
     def weight_bytes(self) -> int:
         return self.weights.nbytes
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv: KVContext, wanted: Tensor | None = None
+    ) -> Tensor:
         eps, scale = self.spec.norms.eps, self.spec.residual_scale
         rotations = [rope(positions) for rope in self._ropes]
         hidden = embed(input_ids, self.weights.embedding, self.dtype)  # [N, hidden]
@@ -130,6 +134,8 @@ class NativeDecoder:
                 x = x if mixed is None else x + mixed
             else:  # a layer that only has a state, or, pruned, mixes nothing
                 x = torch.zeros_like(hidden) if mixed is None else mixed
+            if wanted is not None and i + 1 == len(layers):
+                hidden, x = hidden[wanted], x[wanted]
             hidden, x = add_rms_norm(hidden, x, w.attention_out_norm, w.mlp_norm, eps, scale)
             x = self._mlp(x, layer, w)
             following = layers[i + 1].attention_norm if i + 1 < len(layers) else self.weights.norm

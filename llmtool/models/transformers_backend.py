@@ -46,12 +46,14 @@ class TransformersDecoder:
         self.kv_scales: dict[int, tuple[float, float]] = {}  # its checkpoints bring none
         self.weight_bytes = sum(p.nbytes for p in model.parameters())
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: KVContext) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv: KVContext, wanted: Tensor | None = None
+    ) -> Tensor:
         out = self._body(
             input_ids=input_ids[None], position_ids=positions[None], use_cache=False, llmtool_kv=kv
         )
         hidden: Tensor = out.last_hidden_state[0]
-        return hidden
+        return hidden if wanted is None else hidden[wanted]
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]

@@ -203,23 +203,31 @@ class TorchExecutor:
     def _execute(self, scheduled: list[ScheduledRequest], outcome: _Outcome) -> None:
         rows = self._sequences.apply(scheduled)
         inputs = self._sequences.inputs(scheduled, rows, self.model.device)
-        if self._graphs is not None:
-            hidden = self._graphs.forward(inputs)  # [N, hidden]
-        else:
-            kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
-            hidden = self.model.forward(inputs.input_ids, inputs.positions, kv)  # [N, hidden]
-        if self._prompt_logprobs:
-            self._score_prompts(scheduled, inputs, hidden, outcome)
         which = np.flatnonzero([e.sample and e.id not in outcome.errors for e in scheduled])
-        if len(which):
-            sampled = [scheduled[i] for i in which]
-            places = SampledRows.of([e.draft for e in sampled], rows[which])
-            last = places.spread(inputs.ends[which] - places.drafted) + places.offsets - 1
-            logits = self.model.logits(hidden[torch.from_numpy(last).to(hidden.device)])  # [S, V]
+        sampled = [scheduled[i] for i in which]
+        places = SampledRows.of([e.draft for e in sampled], rows[which])
+        last = places.spread(inputs.ends[which] - places.drafted) + places.offsets - 1
+        wanted = torch.from_numpy(last).to(self.model.device)
+        if self._graphs is None and not self._prompt_logprobs and len(last) < len(inputs.input_ids):
+            kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
+            hidden = self.model.forward(inputs.input_ids, inputs.positions, kv, wanted)  # [S, hidden]
+        else:
+            every = self._forward(inputs)  # [N, hidden]
+            if self._prompt_logprobs:
+                self._score_prompts(scheduled, inputs, every, outcome)
+            hidden = every[wanted]
+        if sampled:
             positions = (
                 places.spread((inputs.starts + inputs.lengths)[which] - places.drafted) + places.offsets
             )
+            logits = self.model.logits(hidden)  # [S, V]
             self._sample([e.id for e in sampled], places, positions, logits, outcome)
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        if self._graphs is not None:
+            return self._graphs.forward(inputs)
+        kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
+        return self.model.forward(inputs.input_ids, inputs.positions, kv)
 
     def _sample(
         self, ids: list[str], places: SampledRows, positions: Ints, logits: torch.Tensor, outcome: _Outcome

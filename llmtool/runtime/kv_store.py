@@ -117,9 +117,16 @@ class KVStore:
 def _arena(nbytes: int, device: torch.device) -> torch.Tensor:
     """uint8 [nbytes]. On a CPU from anonymous pages: zero, and real memory only once they are written."""
     if device.type == "cpu":
-        memory = mmap.mmap(-1, nbytes)
+        memory = _private(nbytes)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # a layer's KV of a page is short: most reads would miss the TLB
             with suppress(OSError):  # a kernel without huge pages
                 memory.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(memory, dtype=torch.uint8)
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
+def _private(nbytes: int) -> mmap.mmap:
+    """Shared memory, Python's default, is given huge pages on few systems."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, nbytes)

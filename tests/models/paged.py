@@ -52,10 +52,16 @@ class PagedSequences:
         self.lengths: dict[str, int] = {}
 
     @torch.inference_mode()
-    def step(self, chunks: dict[str, Sequence[int]], tree: Sequence[int] | None = None) -> list[torch.Tensor]:
+    def step(
+        self,
+        chunks: dict[str, Sequence[int]],
+        tree: Sequence[int] | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> list[torch.Tensor]:
         """One step for all of `chunks`; per sequence the logits [tokens, vocab] of its chunk.
 
-        tree: AttentionBatch's, of tokens that then stand at their depth.
+        tree: AttentionBatch's, of tokens that then stand at their depth. wanted: rows of the whole step [M];
+        then all that comes back is one tensor [M, vocab].
         """
         positions: list[int] = []
         for name, ids in chunks.items():
@@ -80,5 +86,11 @@ class PagedSequences:
         device = self.model.device
         input_ids = torch.tensor([i for ids in chunks.values() for i in ids], device=device)
         at = torch.tensor(positions, device=device)
-        hidden = self.model.forward(input_ids, at, KVContext(self.arena, self.layers, (batch,)))
+        kv = KVContext(self.arena, self.layers, (batch,))
+        if wanted is not None:
+            some = self.model.forward(
+                input_ids, at, kv, torch.tensor(wanted, dtype=torch.int64, device=device)
+            )
+            return [self.model.logits(some)] if len(wanted) else [some]
+        hidden = self.model.forward(input_ids, at, kv)
         return list(self.model.logits(hidden).split(query_lens))

@@ -55,6 +55,19 @@ def test_logits_token_by_token(pair: tuple[torch.Tensor, PagedSequences]) -> Non
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
 
 
+def test_logits_of_wanted_rows_are_those_of_all(pair: tuple[torch.Tensor, PagedSequences]) -> None:
+    """Also none of a step's rows: what it has written is what later steps read."""
+    expected, ours = pair
+    (none,) = ours.step({"a": PROMPT[:9], "b": PROMPT[:4]}, wanted=[])
+    assert len(none) == 0
+    (some,) = ours.step({"a": PROMPT[9:30], "b": PROMPT[4:20]}, wanted=[3, 20, 36])
+    torch.testing.assert_close(some, expected[[12, 29, 19]], atol=1e-4, rtol=0)
+    (last,) = ours.step({"a": PROMPT[30:31]}, wanted=[0])
+    torch.testing.assert_close(last, expected[[30]], atol=1e-4, rtol=0)
+    (rest,) = ours.step({"a": PROMPT[31:]})
+    torch.testing.assert_close(rest, expected[31:], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("family", ["llama-tiles", "gemma3", "gpt-oss", "deepseek-v3"])
 def test_logits_of_a_tree_are_those_of_its_branches(tiny: Tiny, family: str, cpu_kernels: str) -> None:
     """Tiles, windows, sinks and latent attention: each node as if its branch had come alone."""
