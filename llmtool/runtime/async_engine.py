@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import queue
 import random
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -26,6 +27,23 @@ from llmtool.runtime import engine_process
 from llmtool.runtime.parts import EngineInfo, Progress
 
 TORCH_FACTORY = "llmtool.runtime.build:build"
+OPENMP_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # settings of how its threads wait
+
+
+@contextmanager
+def calm_openmp(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """What is started meanwhile has OpenMP threads that sleep as soon as they have nothing to do, unless the user
+    says otherwise. By default they spin for milliseconds after each of torch's operators, on the cores that the CPU
+    kernels' own threads need: steps of two and more sequences, whose logits torch looks through in parallel, took
+    up to twice as long."""
+    chosen = any(name in environment for name in OPENMP_WAITING)
+    if not chosen:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+    try:
+        yield
+    finally:
+        if not chosen:
+            environment.pop("OMP_WAIT_POLICY", None)
 
 
 @contextmanager
@@ -119,7 +137,8 @@ class AsyncEngine:
         self._process = context.Process(
             target=engine_process.main, args=(theirs, config, factory), name="llmtool-engine", daemon=True
         )
-        with _holding_signals():  # Ctrl-C during its imports is not the child's business
+        # Ctrl-C during its imports is not the child's business.
+        with _holding_signals(), calm_openmp(os.environ):
             self._process.start()
         theirs.close()
         # Writing has its own thread too: a full pipe to an engine in the middle of a step must not stop the loop.

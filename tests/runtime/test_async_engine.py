@@ -15,7 +15,7 @@ from llmtool.core.admission import sibling_seed
 from llmtool.core.request import BeamParams, FinishReason, SamplingParams
 from llmtool.core.steplog import replay
 from llmtool.errors import EngineDead, ModelError, QueueFull, RequestError, RequestTooLong, UsageError
-from llmtool.runtime.async_engine import AsyncEngine, RequestStream
+from llmtool.runtime.async_engine import OPENMP_WAITING, AsyncEngine, RequestStream
 from tests.support.core import expected
 
 FACTORY = "tests.support.engine:build"
@@ -345,6 +345,30 @@ def test_the_memory_s_ledger_is_read_between_steps() -> None:
             await engine.memory()
 
     run(body)
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "PASSIVE"), ({"GOMP_SPINCOUNT": "9"}, ""), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")],
+)
+def test_openmp_threads_of_the_engine_sleep_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], found: str
+) -> None:
+    for name in OPENMP_WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    before, said = dict(os.environ), []
+
+    async def body() -> None:
+        factory = "tests.support.engine:tell_openmp"
+        engine = await AsyncEngine.start(
+            EngineConfig(), factory=factory, progress=lambda t, f: said.append(t)
+        )
+        await engine.close()
+
+    run(body)
+    assert said[0] == f"OMP_WAIT_POLICY={found}" and dict(os.environ) == before
 
 
 def test_speculation_through_the_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -70,3 +70,9 @@ def build(config: EngineConfig, progress: Progress) -> EngineParts:
 
     prepare = when_idle if IDLE in os.environ else None
     return EngineParts(PacedExecutor(group()), group(), pages, 0, scheduler, info, prepare)
+
+
+def tell_openmp(config: EngineConfig, progress: Progress) -> EngineParts:
+    """Says first how this process's OpenMP threads wait."""
+    progress(f"OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY', '')}", 0.0)
+    return build(config, progress)
