@@ -6,13 +6,14 @@ that is gone, refuses the key or hangs is the sender's error, never its end.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
+from multiprocessing.connection import Client, Connection, answer_challenge, deliver_challenge
 from typing import Protocol
 
 Address = tuple[str, int]
@@ -48,7 +49,7 @@ class SocketLink:
 
     def __init__(self, key: bytes, host: str = "127.0.0.1") -> None:
         self._key = key
-        self._listener = Listener((host, 0), "AF_INET", backlog=64, authkey=key)
+        self._listener = socket.create_server((host, 0), backlog=64)
         self._arrived: dict[str, tuple[float, bytes]] = {}  # oldest first
         self._lock = threading.Lock()
         self._idle: dict[Address, list[Connection]] = {}  # open connections nobody uses now
@@ -57,7 +58,7 @@ class SocketLink:
 
     @property
     def address(self) -> Address:
-        host, port = self._listener.address  # type: ignore[misc]
+        host, port = self._listener.getsockname()[:2]
         return str(host), int(port)
 
     # -- sending -------------------------------------------------------------------------------------------
@@ -90,15 +91,16 @@ class SocketLink:
     def _accept(self) -> None:
         while True:
             try:
-                connection = self._listener.accept()
-            except (AuthenticationError, EOFError, ConnectionError):
-                continue  # whoever that was
+                caller, _ = self._listener.accept()
             except OSError:
                 return  # closed
+            connection = Connection(caller.detach())
             threading.Thread(target=self._receive, args=(connection,), name="kv-receive", daemon=True).start()
 
     def _receive(self, connection: Connection) -> None:
-        with suppress(OSError, EOFError), connection:
+        with suppress(OSError, EOFError, AuthenticationError), connection:
+            deliver_challenge(connection, self._key)
+            answer_challenge(connection, self._key)
             while True:
                 name = connection.recv_bytes()
                 kv = connection.recv_bytes()
@@ -121,5 +123,6 @@ class SocketLink:
 
     def close(self) -> None:
         with suppress(OSError):
-            self._listener.close()
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._listener.close()
         self._senders.shutdown(wait=False, cancel_futures=True)
