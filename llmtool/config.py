@@ -75,6 +75,10 @@ class EngineConfig:
     enforce_eager: capture no steps ahead of time on a GPU.
     step_log: JSONL file to record every decision in, or None. spec: auto | off | smartspec | draft tokens a step |
     a TOML file of batch size = draft tokens (llmtool/core/speculation/build.py). proposer: who drafts them.
+    data_parallel_size: engines with the whole model each, behind a router; limits and memory given are each one's.
+    disaggregate: PREFILL:DECODE, numbers of engines for prompts and for the tokens after the first; "" for engines
+    that do both. replica_timeout: seconds without a sign of life after which one of several engines is killed and
+    started again.
     """
 
     model: str = "smollm2-135m"
@@ -104,6 +108,9 @@ class EngineConfig:
     step_log: str | None = None
     spec: str = "off"
     proposer: str = "suffix"
+    data_parallel_size: int = 1
+    disaggregate: str = ""
+    replica_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -126,8 +133,36 @@ class EngineConfig:
             raise UsageError(f"max_model_len must be at least 1, not {self.max_model_len}.")
         if self.swap_space_bytes < 0:
             raise UsageError(f"swap_space_bytes must be at least 0, not {self.swap_space_bytes}.")
+        if self.data_parallel_size < 1:
+            raise UsageError(f"data_parallel_size must be at least 1, not {self.data_parallel_size}.")
+        if self.disaggregate and self.data_parallel_size > 1:
+            raise UsageError(
+                f"disaggregate {self.disaggregate} says how many engines there are, and data_parallel_size "
+                f"{self.data_parallel_size}, too.",
+                "Give one of them.",
+            )
+        assert self.engines
+        if self.replica_timeout <= 0:
+            raise UsageError(f"replica_timeout must be more than 0 seconds, not {self.replica_timeout:g}.")
         # Bad scheduler settings should fail here, before a model is loaded.
         self.scheduler(self.max_model_len or 1)
+
+    @property
+    def split(self) -> tuple[int, int] | None:
+        """Engines for prompts, and for the rest; None where engines do both. Raises UsageError."""
+        if not self.disaggregate:
+            return None
+        prefill, colon, decode = self.disaggregate.partition(":")
+        if not (colon and prefill.isdecimal() and decode.isdecimal() and int(prefill) and int(decode)):
+            raise UsageError(
+                f"disaggregate must be two numbers of engines as 1:2, not {self.disaggregate!r}."
+            )
+        return int(prefill), int(decode)
+
+    @property
+    def engines(self) -> int:
+        """Engines with the whole model each."""
+        return sum(self.split) if self.split else self.data_parallel_size
 
     def scheduler(self, max_model_len: int) -> SchedulerConfig:
         return SchedulerConfig(

@@ -102,3 +102,18 @@ class EngineDead(LLMToolError):
 
     http_status = 503
     kind = "service_unavailable"
+
+
+class ReplicaLost(EngineDead):
+    """One engine of several died with this request on it; the others serve on."""
+
+
+class KVLost(LLMToolError):
+    """Keys and values did not get from one engine to another; they are computed again."""
+
+
+class NoReplica(QueueFull):
+    """Every engine of several is down for now; ``retry_after`` seconds is when one may be back."""
+
+    http_status = 503
+    kind = "service_unavailable"

@@ -85,9 +85,9 @@ async def _measure(
     settings: EngineConfig, config: PerplexityConfig, name: str, text: str, bar: Bar
 ) -> Perplexity:
     from llmtool.models.tokenizer import Tokenizer
-    from llmtool.runtime.async_engine import AsyncEngine
+    from llmtool.runtime.fleet import start_engine
 
-    engine = await AsyncEngine.start(settings, progress=bar)
+    engine = await start_engine(settings, progress=bar)
     try:
         info = engine.info
         if info.pooling is not None:

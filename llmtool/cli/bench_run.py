@@ -63,9 +63,9 @@ async def _over_http(config: BenchConfig, api_key: str | None, bar: Bar) -> Benc
 
 async def _in_process(config: BenchConfig, engine_config: EngineConfig, bar: Bar) -> BenchResult:
     from llmtool.models.tokenizer import Tokenizer
-    from llmtool.runtime.async_engine import AsyncEngine
+    from llmtool.runtime.fleet import start_engine
 
-    engine = await AsyncEngine.start(engine_config, progress=bar)
+    engine = await start_engine(engine_config, progress=bar)
     try:
         info = engine.info
         tokenizer = ModelTokenizer(Tokenizer.from_dir(info.tokenizer_dir))

@@ -36,6 +36,11 @@ def simulate(config: BenchConfig, engine: EngineConfig, acceptance: float, cover
         raise UsageError(
             "--simulate needs a device to simulate.", "Give --device, for example --device h100."
         )
+    if engine.engines > 1:
+        raise UsageError(
+            "--simulate is of one engine.",
+            "Leave out --data-parallel-size and --disaggregate; `llmtool plan` simulates several.",
+        )
     if config.dataset.dataset_name != "random" or config.load.search_knee:
         raise UsageError(
             "--simulate takes made-up lengths and given rates.",

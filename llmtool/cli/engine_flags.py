@@ -75,3 +75,16 @@ Proposer = Annotated[
     str | None, _option("--proposer", "Who drafts: suffix (default), draft:MODEL, pruned[:LAYERS] or union.")
 ]
 StepLog = Annotated[str | None, _option("--step-log", "Record every scheduling decision in this JSONL file.")]
+DataParallelSize = Annotated[
+    int | None, _option("--data-parallel-size", "Engines with the whole model each, behind a router.", "-dp")
+]
+Disaggregate = Annotated[
+    str | None,
+    _option(
+        "--disaggregate", "PREFILL:DECODE engines, as 1:1: prompts run on the former, the rest on the latter."
+    ),
+]
+ReplicaTimeout = Annotated[
+    float | None,
+    _option("--replica-timeout", "Seconds of silence after which one of several engines is restarted (60)."),
+]

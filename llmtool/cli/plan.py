@@ -94,7 +94,10 @@ def plan(
             rich_help_panel=_space,
         ),
     ] = None,
-    router: Annotated[str, _option("--router", "round-robin or least-loaded.", _space)] = "round-robin",
+    router: Annotated[
+        str | None,
+        _option("--router", "round-robin, least-loaded or prefix-aware (default: the engine's own).", _space),
+    ] = None,
     fewer_devices: Annotated[
         bool,
         typer.Option("--fewer-devices", help="Also plans that leave devices idle.", rich_help_panel=_space),

@@ -42,6 +42,12 @@ def calibrate_from(output: Output, a: Mapping[str, Any]) -> None:
             "Give --plan plan.toml, as `llmtool plan -o` writes it.",
         )
     plan = read_plan(a["plan_file"])
+    if plan.disaggregate:
+        raise UsageError(
+            f"The plan {a['plan_file']} has engines of their own for prompts, and constants are fitted on engines "
+            "that do both.",
+            "Bench a plan without --disaggregate.",
+        )
     device = find_device(a["device"] or plan.device, a["devices_file"])
     base = find_engine(plan.engine, device.name)
     tables = Tables.load(a["tables"]) if a["tables"] else load_pack(device)

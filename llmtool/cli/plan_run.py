@@ -17,6 +17,7 @@ from llmtool.modelspec.catalogue import hub_name, names, published, read_config
 from llmtool.plan import report
 from llmtool.plan.calibration import engine_for
 from llmtool.plan.capacity import capacity
+from llmtool.plan.disaggregate import better_split
 from llmtool.plan.launch import bench_line, llmtool_line, sglang_lines, vllm_lines
 from llmtool.plan.objective import OBJECTIVES, Objective, figures
 from llmtool.plan.perfetto import write_perfetto
@@ -31,6 +32,7 @@ from llmtool.sim.engines import load_engines
 from llmtool.sim.grid import Tables
 from llmtool.sim.ir import ModelIR, read_ir
 from llmtool.sim.ops import KV_BYTES, WEIGHT_BYTES, Ops, load_pack
+from llmtool.sim.parallel import ParallelPlan
 from llmtool.sim.simulate import SimResult, simulate
 from llmtool.sim.workload import Workload
 from llmtool.workload.slo import parse_slos
@@ -156,7 +158,7 @@ def read_problem(output: Output, a: Arguments) -> Problem:
     ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, not {value}.")
-    make_router(a["router"])  # a wrong name is told before anything is simulated
+    make_router(a["router"] or "round-robin")  # a wrong name is told before anything is simulated
     return Problem(a["model"], ir, cluster, tables, tier, workload, objective, options)
 
 
@@ -257,7 +259,7 @@ def launch_lines(problem: Problem, d: Deployment, a: Arguments) -> dict[str, Any
         "sglang": sglang_lines(name, d, problem.cluster.per_node),
         "bench": bench_line(problem.workload, problem.objective.slos, trace),
     }
-    if a["output_file"] and d.plan.devices == 1:
+    if a["output_file"] and d.plan.engine == 1:
         lines["llmtool"] = llmtool_line(a["output_file"])
     return lines
 
@@ -324,13 +326,24 @@ def write_files(problem: Problem, result: SearchResult, document: dict[str, Any]
     if a["output_file"]:
         keys = ("mean_ttft_ms", "p99_ttft_ms", "mean_tpot_ms", "p99_tpot_ms", "mean_e2el_ms", "output_throughput",
                 "request_throughput")  # fmt: skip
+        d, figures_, split = best.deployment, best.figures, ""
+        if row := better_split(document.get("disaggregated", ()), best.meets, best.loss):
+            prefill, decode = row["engines"]
+            d = replace(
+                d,
+                plan=ParallelPlan(dp=prefill + decode),
+                budget=row["max_num_batched_tokens"],
+                max_seqs=row["max_num_seqs"],
+            )
+            figures_, split = row, f"{prefill}:{decode}"
         write_plan(
             a["output_file"],
             problem.model,
             problem.cluster.device.name,
-            best.deployment,
-            {k: best.figures[k] for k in keys},
+            d,
+            {k: figures_[k] for k in keys},
             problem.tier.band,
+            split,
         )
         write_trace(problem.workload, trace_path(a["output_file"]))
     if a["perfetto"] or a["html"]:

@@ -16,6 +16,7 @@ from llmtool.errors import UsageError
 if TYPE_CHECKING:
     from llmtool.models.tokenizer import Tokenizer
     from llmtool.runtime.async_engine import AsyncEngine
+    from llmtool.runtime.fleet import Fleet
 
 _panel = "Server"
 
@@ -84,6 +85,9 @@ def serve(
     spec: engine.Spec = None,
     proposer: engine.Proposer = None,
     step_log: engine.StepLog = None,
+    data_parallel_size: engine.DataParallelSize = None,
+    disaggregate: engine.Disaggregate = None,
+    replica_timeout: engine.ReplicaTimeout = None,
     plan: Annotated[
         str | None,
         typer.Option("--plan", metavar="FILE", help="Settings of `llmtool plan -o`; flags win."),
@@ -161,21 +165,22 @@ def run(
 
     configure_logging(log_level)
     chat_template = read_chat_template(server_config.chat_template)
-    started: list[AsyncEngine] = []
+    started: list[AsyncEngine | Fleet] = []
 
-    async def start() -> tuple[AsyncEngine, Tokenizer]:
+    async def start() -> tuple[AsyncEngine | Fleet, Tokenizer]:
         from llmtool.models.tokenizer import Tokenizer
-        from llmtool.runtime.async_engine import AsyncEngine
+        from llmtool.runtime.fleet import start_engine
 
         with output.progress() as progress:
-            running = await AsyncEngine.start(engine_config, progress=progress)
+            running = await start_engine(engine_config, progress=progress)
         started.append(running)
         return running, Tokenizer.from_dir(running.info.tokenizer_dir, chat_template)
 
     def listening(host: str, port: int) -> None:
         url = f"http://{host}:{port}"
-        info = started[0].info
-        output.document({"url": url, "model": info.served_model_name, "pid": info.pid})
+        info, fleet = started[0].info, started[0].fleet
+        pids = {} if fleet is None else {"replicas": [r.pid for r in fleet.replicas]}
+        output.document({"url": url, "model": info.served_model_name, "pid": info.pid, **pids})
         output.line(f"Serving {info.served_model_name} at {url} (docs at {url}/docs; stop with Ctrl-C)")
         tokens = f"{info.num_pages * info.tokens_per_page} tokens"
         pages = f"{info.num_pages} large pages" if info.large_pages else tokens
@@ -184,8 +189,9 @@ def run(
             memory += f" in {info.kv_cache_dtype}"
         if info.pooling is not None:
             memory = f"{info.pooling.task}: {info.pooling.size} numbers per text"
+        replicas = "" if fleet is None else f"{len(fleet.replicas)} replicas, together: "
         output.hint(
-            f"{info.device}, {info.dtype}, weights {size(info.weight_bytes)}, {memory}, context "
+            f"{replicas}{info.device}, {info.dtype}, weights {size(info.weight_bytes)}, {memory}, context "
             f"{info.max_model_len}, ready in {info.load_seconds:.1f} s"
         )
 

@@ -74,9 +74,14 @@ class Admission:
         priority: int,
         cache_salt: str,
         seed: int,
+        handoff: bool = False,
+        given: Sequence[int] = (),
+        moved: bool = False,
     ) -> list[Request]:
-        """The request's sequences; all but the first wait to share the first one's prompt."""
+        """The request's sequences; all but the first wait to share the first one's prompt. handoff, given, moved:
+        see `Scheduler.add`."""
         max_tokens = self.max_tokens(len(prompt), params)
+        assert not (handoff or given) or (params.n == 1 and params.beam is None), "one sequence moves"
         width = 1 if params.beam is None else params.beam.width
         if width > self._config.max_num_seqs:
             raise RequestError(
@@ -97,16 +102,18 @@ class Admission:
                     id=group if index == 0 else f"{group}/{index}",
                     group=group,
                     index=index,
-                    token_ids=list(prompt),
+                    token_ids=[*prompt, *given],
                     num_prompt_tokens=len(prompt),
                     params=params,
                     arrival=now,
-                    max_tokens=max_tokens,
+                    max_tokens=1 if handoff else max_tokens,
                     priority=priority if self._config.policy == "priority" else 0,
                     seed=sibling_seed(seed, index),
                     cache_salt=cache_salt,
                     parent=requests[0] if index else None,
                     stop_tokens=stops,
+                    handoff=handoff and max_tokens > 1,
+                    moved=len(prompt) + len(given) - 1 if moved else 0,
                 )
             )
         return requests

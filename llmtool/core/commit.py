@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llmtool.core.admission import Admission
 from llmtool.core.beam import BeamSearch
+from llmtool.core.memory.allocator import Handover
 from llmtool.core.ports import SchedulerOutput, StepResult
 from llmtool.core.request import (
     FinishReason,
@@ -86,6 +87,11 @@ class Committer:
             elif made >= request.max_tokens:
                 reason = FinishReason.LENGTH
             if reason is not None:
+                if request.handoff and reason is FinishReason.LENGTH:
+                    allocator = self._roster.allocator
+                    assert isinstance(allocator, Handover)
+                    entries = allocator.lent(request.id, request.num_prompt_tokens)
+                    self._roster.handed.append((request.id, entries))
                 output.token_ids = tokens[: position + 1]
                 output.logprobs = logprobs[: position + 1]
                 self._end(request, reason, now, output)

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from llmtool.core.ports import Clock, Executor, SchedulerOutput
+from llmtool.core.ports import Clock, Executor, MovesPages, SchedulerOutput
 from llmtool.core.request import SamplingParams, SequenceOutput
 from llmtool.core.scheduler import Scheduler
 from llmtool.core.stats import EngineStats
@@ -38,6 +38,8 @@ class Engine:
         self.last_step: SchedulerOutput | None = None
         self._log = log
         self._submitted: deque[SchedulerOutput] = deque()
+        self._arrived: dict[str, bytes] = {}  # KV of requests that moved here and are not admitted yet
+        self.leaving: dict[str, bytes] = {}  # KV of requests that another engine is to go on with
 
     @property
     def has_work(self) -> bool:
@@ -56,20 +58,35 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
         seed: int | None = None,
+        handoff: bool = False,
+        given: Sequence[int] = (),
+        kv: bytes | None = None,
     ) -> None:
         """Queue a request; see `Scheduler.add` for what it raises. seed: of its random streams, unless
-        `params.seed` is set."""
+        `params.seed` is set. handoff: only up to its first token, then its KV is put among the `leaving`. given:
+        what another engine has said; kv: what it put among them there, without which KV is computed anew."""
         now = self.clock.now()
         chosen = params.seed if params.seed is not None else (seed or 0)
+        moves = {"handoff": handoff, "given": given, "moved": kv is not None}
         self.scheduler.add(
-            request_id, prompt_token_ids, params, now, priority=priority, cache_salt=cache_salt, seed=chosen
+            request_id,
+            prompt_token_ids,
+            params,
+            now,
+            priority=priority,
+            cache_salt=cache_salt,
+            seed=chosen,
+            **moves,  # type: ignore[arg-type]
         )
+        if kv is not None:
+            self._arrived[request_id] = kv
         if self._log is not None:
-            self._log.add(now, request_id, prompt_token_ids, params, priority, cache_salt, chosen)
+            self._log.add(now, request_id, prompt_token_ids, params, priority, cache_salt, chosen, moves)
 
     def abort(self, request_id: str, index: int | None = None) -> list[SequenceOutput]:
         now = self.clock.now()
         outputs = self.scheduler.abort(request_id, index, now)
+        self._arrived.pop(request_id, None)
         if self._log is not None:
             self._log.abort(now, request_id, index)
         return outputs
@@ -84,6 +101,9 @@ class Engine:
                 break
             if self._log is not None:
                 self._log.schedule(now, out)
+            for moved in out.received:
+                assert isinstance(self.executor, MovesPages)
+                moved.kv = self._arrived.pop(moved.id)
             self.executor.submit(out)
             self._submitted.append(out)
         if not self._submitted:
@@ -93,6 +113,10 @@ class Engine:
         now = self.clock.now()
         out = self._submitted.popleft()
         outputs = self.scheduler.update(out, result, now)
+        for request_id, entries in self.scheduler.handed:  # before their pages are given to others
+            assert isinstance(self.executor, MovesPages)
+            self.leaving[request_id] = self.executor.read_pages(entries)
+        self.scheduler.handed.clear()
         if self._log is not None:
             self._log.result(now, result)
         self.last_step = out

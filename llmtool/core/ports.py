@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from llmtool.core.request import Request, SamplingParams, TokenLogprob
 from llmtool.core.stats import SpecCounters
@@ -23,6 +23,16 @@ class PageCopy:
     src: int
     dst: int
     group: int = 0
+
+
+@dataclass(slots=True)
+class Received:
+    """A sequence that was computed elsewhere: where its KV is to be written. entries: per group, in the order in
+    which the sender read them. kv: the bytes, which the engine puts in; the scheduler knows nothing of them."""
+
+    id: str
+    entries: Sequence[Sequence[int]]
+    kv: bytes = b""
 
 
 @dataclass(slots=True)
@@ -75,6 +85,7 @@ class SchedulerOutput:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)  # lost their pages; they come back as new
     num_tokens: int = 0  # sum over scheduled
+    received: list[Received] = field(default_factory=list)  # written after swaps and copies
 
     @property
     def empty(self) -> bool:
@@ -110,6 +121,15 @@ class Executor(Protocol):
 
     def collect(self) -> StepResult:
         """The oldest submitted step's result; blocks until it is there."""
+        ...
+
+
+@runtime_checkable
+class MovesPages(Protocol):
+    """An executor that heeds SchedulerOutput.received, and whose pages can be read between two steps."""
+
+    def read_pages(self, entries: Sequence[Sequence[int]]) -> bytes:
+        """The bytes of these pages, group by group. No step in flight may be writing them."""
         ...
 
 

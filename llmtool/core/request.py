@@ -248,6 +248,8 @@ class Request:
         int
     ] = ()  # per group, table entries left by a rollback the executor has not heard of
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # collected over prompt chunks
+    handoff: bool = False  # ends with its first token: another engine goes on, with its KV
+    moved: int = 0  # tokens whose KV comes from another engine, until it is admitted
     sort_key: tuple[int, float, str, int] = (0, 0.0, "", 0)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from llmtool.core.beam import BeamSearch
-from llmtool.core.memory.allocator import KVAllocator
+from llmtool.core.memory.allocator import Entries, KVAllocator
 from llmtool.core.queues import WaitingQueue
 from llmtool.core.request import Request, RequestStatus
 from llmtool.core.stats import EngineStats
@@ -36,6 +36,7 @@ class Roster:
         self.children: dict[str, list[Request]] = {}  # sequence id -> siblings that wait for its prompt
         self.parked: set[Request] = set()
         self.beams: dict[str, BeamSearch] = {}
+        self.handed: list[tuple[str, Entries]] = []  # with their KV's place, since they were last looked at
         self.ended: list[str] = []  # since the last step; the executor is told with the next
         self.stats = EngineStats(pages_total=allocator.ledger().pages_total)
         self.max_seats = max_seats

@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from llmtool.config import SchedulerConfig
 from llmtool.core.admission import Admission
 from llmtool.core.commit import Committer
-from llmtool.core.memory.allocator import Extension, KVAllocator, OutOfPages
+from llmtool.core.memory.allocator import Entries, Extension, Handover, KVAllocator, OutOfPages
 from llmtool.core.memory.geometry import STATES
-from llmtool.core.ports import Drafts, NewRequest, ScheduledRequest, SchedulerOutput, StepResult
+from llmtool.core.ports import Drafts, NewRequest, Received, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import FinishReason, Request, RequestStatus, SamplingParams, SequenceOutput
 from llmtool.core.roster import Roster, is_idle
 from llmtool.core.stats import EngineStats, SpecCounters
@@ -71,13 +71,26 @@ class Scheduler:
         priority: int = 0,
         cache_salt: str = "",
         seed: int = 0,
+        handoff: bool = False,
+        given: Sequence[int] = (),
+        moved: bool = False,
     ) -> None:
-        """Take a request. Raises RequestTooLong if it can never fit, QueueFull, RequestError."""
+        """Take a request. handoff: it ends with its first token, and another engine goes on (`handed`). given: what
+        it has said elsewhere; moved: the KV of all tokens but the last comes with it. Raises RequestTooLong if it
+        can never fit, QueueFull, RequestError."""
         assert group not in self, f"request id {group!r} is in use"
         assert "/" not in group, "ids with a slash name the further answers of a request"
-        requests = self._admission.sequences(group, prompt, params, now, priority, cache_salt, seed)
+        requests = self._admission.sequences(
+            group, prompt, params, now, priority, cache_salt, seed, handoff, given, moved
+        )
         self._admission.check_queue(self._roster.num_waiting + len(self._roster.running), len(requests))
         self._roster.enter(requests)
+
+    @property
+    def handed(self) -> list[tuple[str, Entries]]:
+        """Requests that another engine is to go on with, since this was last cleared, and where their KV lies until
+        the next step is decided."""
+        return self._roster.handed
 
     def abort(self, group: str, index: int | None = None, now: float = 0.0) -> list[SequenceOutput]:
         """End a request, or one of its answers, at any moment. Unknown or finished ones are ignored."""
@@ -294,6 +307,8 @@ class Scheduler:
             out.swap_in.extend(copies)
             self._roster.stats.swapped_pages += len(copies)
             return self.allocator.extend(request.id, target)
+        if request.moved:
+            return self._receive(request, budget, headroom, out)
         parent = request.parent
         if request.status == RequestStatus.WAITING and parent is not None and self._can_fork(parent, request):
             shared = request.num_prompt_tokens - 1
@@ -318,6 +333,25 @@ class Scheduler:
             self._roster.stats.prefix_queries += known
             self._roster.stats.prefix_hits += cached
         return None
+
+    def _receive(
+        self, request: Request, budget: int, headroom: int, out: SchedulerOutput
+    ) -> Extension | None:
+        """Admit a sequence whose KV comes from another engine."""
+        assert isinstance(self.allocator, Handover)
+        count = request.moved
+        entries = self.allocator.receive(
+            request.id, request.token_ids, count, salt=request.cache_salt, headroom=headroom
+        )
+        try:
+            grown = self.allocator.extend(request.id, min(len(request.token_ids), count + budget))
+        except OutOfPages:
+            self.allocator.preempt(request.id)
+            raise
+        out.received.append(Received(request.id, entries))
+        request.num_submitted = request.num_computed = count
+        request.moved = 0
+        return grown
 
     def _can_fork(self, parent: Request, child: Request) -> bool:
         # Computed, not only submitted: a copied page must have been written by an earlier step than the copy.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
@@ -64,6 +64,7 @@ def decision(out: SchedulerOutput) -> dict[str, Any]:
             )
             for s in out.scheduled
         ],
+        **({"received": [(r.id, [*map(list, r.entries)]) for r in out.received]} if out.received else {}),
     }
 
 
@@ -127,7 +128,9 @@ class StepLogWriter:
         priority: int,
         cache_salt: str,
         seed: int,
+        moves: Mapping[str, Any] | None = None,
     ) -> None:
+        """moves: what of handoff, given and moved there is."""
         self._row(
             "add",
             now=now,
@@ -137,6 +140,7 @@ class StepLogWriter:
             priority=priority,
             salt=cache_salt,
             seed=seed,
+            **{name: value for name, value in (moves or {}).items() if value},
         )
 
     def abort(self, now: float, request_id: str, index: int | None) -> None:
@@ -275,6 +279,9 @@ def replay(path: str | Path) -> Replay:
                 priority=row["priority"],
                 cache_salt=row["salt"],
                 seed=row["seed"],
+                handoff=row.get("handoff", False),
+                given=row.get("given", ()),
+                moved=row.get("moved", False),
             )
         elif row["kind"] == "abort":
             scheduler.abort(row["id"], row["index"], now)
@@ -289,4 +296,5 @@ def replay(path: str | Path) -> Replay:
             in_flight.append(out)
         elif row["kind"] == "result":
             scheduler.update(in_flight.popleft(), result_from_row(row), now)
+            scheduler.handed.clear()
     return Replay(steps, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from llmtool.errors import UsageError
@@ -52,6 +52,15 @@ def splits(ir: ModelIR, cluster: Cluster, options: SpaceOptions) -> Iterator[Spl
                         yield Split(prefill, decode)
 
 
+def better_split(rows: Sequence[dict[str, Any]], meets_slos: bool, loss: float) -> dict[str, Any] | None:
+    """The best split, if it beats a plan whose engines do both, and if this engine can run it: on engines of one
+    device."""
+    best = rows[0] if rows else None
+    if best is None or best["devices_per_engine"] != [1, 1]:
+        return None
+    return best if (not best["meets_slos"], best["loss"]) < (not meets_slos, loss) else None
+
+
 def best_split(
     ir: ModelIR,
     cluster: Cluster,
@@ -75,7 +84,15 @@ def best_split(
     out = []
     for _, _, i in sorted(scored)[:FULL]:
         result = simulate_split(found[i], cluster, ops, workload)
-        row = {"prefill": f"{found[i].prefill.plan}", "decode": f"{found[i].decode.plan}"}
+        prefill, decode = found[i].prefill, found[i].decode
+        row = {
+            "prefill": f"{prefill.plan}",
+            "decode": f"{decode.plan}",
+            "engines": [prefill.plan.dp, decode.plan.dp],
+            "devices_per_engine": [prefill.plan.engine, decode.plan.engine],
+            "max_num_batched_tokens": prefill.budget,
+            "max_num_seqs": prefill.max_seqs,
+        }
         out.append(
             {**row, "loss": objective.loss(result), "devices": result.devices, **figures(result, objective)}
         )

@@ -19,7 +19,8 @@ _SERVE_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class PlanFile:
-    """settings: of EngineConfig. plan: degrees. device, engine, dtype, kv_dtype, model: what it was planned for."""
+    """settings: of EngineConfig. plan: degrees. device, engine, dtype, kv_dtype, model: what it was planned for.
+    disaggregate: PREFILL:DECODE engines that the plan's dp are made of, "" where they do both."""
 
     settings: Mapping[str, Any]
     plan: ParallelPlan
@@ -29,6 +30,7 @@ class PlanFile:
     dtype: str
     kv_dtype: str
     prediction: Mapping[str, Any]
+    disaggregate: str = ""
 
 
 def write_plan(
@@ -38,8 +40,9 @@ def write_plan(
     d: Deployment,
     prediction: Mapping[str, float],
     error_band: float,
+    disaggregate: str = "",
 ) -> None:
-    """Raises LLMToolError where the file cannot be written."""
+    """disaggregate: as of PlanFile. Raises LLMToolError where the file cannot be written."""
     settings: dict[str, Any] = {
         "model": model,
         "max_model_len": d.max_len,
@@ -65,6 +68,8 @@ def write_plan(
         "attention_data_parallel": p.attention_dp,
         "layers": list(p.layers),
     }
+    if disaggregate:
+        plan["disaggregate"] = disaggregate
     figures = {k: float(f"{v:.6g}") for k, v in prediction.items() if isinstance(v, int | float)}
     lines = [f"{k} = {_toml(v)}" for k, v in settings.items()]
     lines += ["", "[plan]", *(f"{k} = {_toml(v)}" for k, v in plan.items())]
@@ -116,17 +121,24 @@ def read_plan(path: str | Path) -> PlanFile:
             dtype=str(table["weights"]),
             kv_dtype=str(table["kv_cache"]),
             prediction=data.get("prediction", {}),
+            disaggregate=str(table.get("disaggregate", "")),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise UsageError(f"The plan {path} lacks or garbles {e}.") from None
 
 
 def serve_settings(path: str | Path) -> dict[str, Any]:
-    """The settings with which one process serves a plan. Raises UsageError for a plan of more than one device."""
+    """The settings with which a plan is served. Raises UsageError for one whose engines take several devices."""
     file = read_plan(path)
-    if file.plan.devices > 1:
+    if file.plan.engine > 1:
         raise UsageError(
-            f"The plan {path} is for {file.plan.devices} devices ({file.plan}), and this server is one process.",
+            f"The plan {path} has engines of {file.plan.engine} devices ({file.plan}), and this server's are one "
+            "process each.",
             "Run the plan's vllm or sglang line, or plan with --num-devices 1.",
         )
-    return dict(file.settings)
+    degrees: dict[str, Any] = {}
+    if file.disaggregate:
+        degrees["disaggregate"] = file.disaggregate
+    elif file.plan.dp > 1:
+        degrees["data_parallel_size"] = file.plan.dp
+    return dict(file.settings) | degrees

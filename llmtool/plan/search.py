@@ -86,7 +86,7 @@ class SearchResult:
 class Simulator:
     """Simulates deployments on a cluster, in this process or in a worker; costs are shared between budgets."""
 
-    def __init__(self, cluster: Cluster, tables: Tables | None, router: str = "round-robin") -> None:
+    def __init__(self, cluster: Cluster, tables: Tables | None, router: str | None = None) -> None:
         self.cluster = cluster
         self.router = router
         self.ops = Ops(cluster.device, tables)
@@ -121,7 +121,7 @@ class Simulator:
 _worker: Simulator | None = None
 
 
-def _start_worker(cluster: Cluster, tables: Tables | None, router: str) -> None:
+def _start_worker(cluster: Cluster, tables: Tables | None, router: str | None) -> None:
     global _worker
     _worker = Simulator(cluster, tables, router)
 
@@ -144,7 +144,7 @@ def search(
     exhaustive: bool = False,
     must: Sequence[Deployment] = (),
     processes: int | None = None,
-    router: str = "round-robin",
+    router: str | None = None,
     progress: Progress = lambda text, fraction: None,
 ) -> SearchResult:
     """Find the best plan. must: plans that are simulated in any case, such as the heuristic one.

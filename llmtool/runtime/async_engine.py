@@ -13,6 +13,7 @@ import queue
 import random
 import signal
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -21,10 +22,11 @@ from multiprocessing.connection import Connection
 
 from llmtool.config import EngineConfig
 from llmtool.core.request import SamplingParams, SequenceOutput
-from llmtool.core.stats import EngineStats, MemoryView
-from llmtool.errors import EngineDead, LLMToolError, QueueFull, RequestError
+from llmtool.core.stats import EngineStats, FleetView, MemoryView
+from llmtool.errors import EngineDead, KVLost, LLMToolError, QueueFull, RequestError
 from llmtool.runtime import engine_process
 from llmtool.runtime.parts import EngineInfo, Progress
+from llmtool.runtime.place import Place
 
 TORCH_FACTORY = "llmtool.runtime.build:build"
 OPENMP_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # settings of how its threads wait
@@ -110,11 +112,15 @@ class AsyncEngine:
     """Start with `await AsyncEngine.start(config)`; end with `await engine.close()`.
 
     info: facts fixed at start. stats: the latest snapshot the engine pushed. dead: why it can serve no more.
-    on_step: called with the number of batched tokens of every committed step.
+    on_step: called with the number of batched tokens of every committed step. heard: when the process last said
+    anything, by time.monotonic(). fleet: None, for it is one engine.
     """
 
-    def __init__(self, config: EngineConfig, factory: str) -> None:
+    fleet: FleetView | None = None
+
+    def __init__(self, config: EngineConfig, factory: str, place: Place | None = None) -> None:
         self.config = config
+        self.heard = time.monotonic()
         self.info: EngineInfo
         self.stats = EngineStats()
         self.dead: LLMToolError | None = None
@@ -123,8 +129,10 @@ class AsyncEngine:
         self._unfinished: dict[str, int] = {}
         self._admissions: dict[str, asyncio.Future[None]] = {}
         self._views: deque[asyncio.Future[MemoryView]] = deque()  # asked for, oldest first
+        self._sending: dict[str, asyncio.Future[int]] = {}  # KV under way to another engine
         self._draining = False
         self._closing = False
+        self._killed: LLMToolError | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._died = asyncio.Event()
@@ -135,7 +143,10 @@ class AsyncEngine:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=engine_process.main, args=(theirs, config, factory), name="llmtool-engine", daemon=True
+            target=engine_process.main,
+            args=(theirs, config, factory, os.getpid(), place or Place()),
+            name="llmtool-engine",
+            daemon=True,
         )
         # Ctrl-C during its imports is not the child's business.
         with _holding_signals(), calm_openmp(os.environ):
@@ -151,10 +162,16 @@ class AsyncEngine:
 
     @classmethod
     async def start(
-        cls, config: EngineConfig, *, progress: Progress | None = None, factory: str = TORCH_FACTORY
+        cls,
+        config: EngineConfig,
+        *,
+        progress: Progress | None = None,
+        factory: str = TORCH_FACTORY,
+        place: Place | None = None,
     ) -> AsyncEngine:
-        """Spawn the process, load the model, wait until it is ready. Raises what the loading raised."""
-        engine = cls(config, factory)
+        """Spawn the process, load the model, wait until it is ready. place: its share of the machine; None for all
+        of it. Raises what the loading raised."""
+        engine = cls(config, factory, place)
         engine._progress = progress
         try:
             engine.info = await engine._started
@@ -162,6 +179,15 @@ class AsyncEngine:
             await engine.close()
             raise
         return engine
+
+    @property
+    def load(self) -> int:
+        """Requests that it has and has not ended."""
+        return len(self._streams)
+
+    def __contains__(self, request_id: str) -> bool:
+        """Whether it has this request, unfinished."""
+        return request_id in self._streams
 
     # -- requests ------------------------------------------------------------------------------------------
 
@@ -173,8 +199,12 @@ class AsyncEngine:
         *,
         priority: int = 0,
         cache_salt: str = "",
+        handoff: bool = False,
+        given: Sequence[int] = (),
+        moved: bool = False,
     ) -> RequestStream:
-        """Queue a request; returns when the engine has admitted it to its queue.
+        """Queue a request; returns when the engine has admitted it to its queue. handoff, given, moved: as of
+        `Scheduler.add`, for engines that have a link (Place.key); KV that moved has been sent by `send_kv`.
 
         Raises RequestTooLong, RequestError, QueueFull, EngineDead.
         """
@@ -182,7 +212,8 @@ class AsyncEngine:
             raise RequestError("This model is an encoder: it generates nothing.", "Use it for embeddings.")
         self._check(request_id, prompt_token_ids)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        command = ("add", request_id, list(prompt_token_ids), params, priority, cache_salt, seed)
+        moves = (handoff, tuple(given), moved)
+        command = ("add", request_id, list(prompt_token_ids), params, priority, cache_salt, seed, *moves)
         return await self._admitted(request_id, params.n, command)
 
     async def pool(
@@ -211,6 +242,24 @@ class AsyncEngine:
         self._views.append(asked)
         self._send(("memory",))
         return await asked
+
+    async def send_kv(self, request_id: str, address: tuple[str, int]) -> int:
+        """Send the KV of a request that ended here with its first token to another engine. Returns the bytes.
+        Raises KVLost where it did not arrive, EngineDead."""
+        if self.dead is not None:
+            raise self.dead
+        sent: asyncio.Future[int] = self._loop.create_future()
+        self._sending[request_id] = sent
+        self._send(("send", request_id, address))
+        try:
+            return await sent
+        finally:
+            self._sending.pop(request_id, None)
+
+    def drop_kv(self, request_id: str) -> None:
+        """KV that was kept for another engine, or came from one, is of no use any more."""
+        if self.dead is None:
+            self._send(("drop", request_id))
 
     async def _admitted(
         self, request_id: str, answers: int, command: engine_process.Command
@@ -275,6 +324,7 @@ class AsyncEngine:
         try:
             while True:
                 message = connection.recv()
+                self.heard = time.monotonic()
                 if message[0] == "failed":
                     failure = message[1]
                 else:
@@ -287,6 +337,7 @@ class AsyncEngine:
         code = self._process.exitcode
         if self._closing:
             failure = EngineDead("The engine is closed.")
+        failure = failure or self._killed
         error = failure or EngineDead(
             f"The engine process ended unexpectedly (exit code {code}).", "Restart the server; see its log."
         )
@@ -308,6 +359,13 @@ class AsyncEngine:
                 asked = self._views.popleft()
                 if not asked.done():
                     asked.set_result(view)
+            case ("sent", request_id, nbytes, why_not):
+                sent = self._sending.get(request_id)
+                if sent is not None and not sent.done():
+                    if why_not:
+                        sent.set_exception(KVLost(f"The KV did not arrive: {why_not}."))
+                    else:
+                        sent.set_result(nbytes)
             case ("admitted", request_id):
                 self._settle(request_id, None)
             case ("refused", request_id, error):
@@ -355,6 +413,9 @@ class AsyncEngine:
             if not asked.done():
                 asked.set_exception(error)
         self._views.clear()
+        for sent in self._sending.values():
+            if not sent.done():
+                sent.set_exception(error)
         for admitted in self._admissions.values():
             if not admitted.done():
                 admitted.set_exception(error)
@@ -366,6 +427,15 @@ class AsyncEngine:
         self._idle.set()
 
     # -- the end -------------------------------------------------------------------------------------------
+
+    def ping(self) -> None:
+        """Have the process say something between two steps, if it still can."""
+        self._send(("ping",))
+
+    def kill(self, why: LLMToolError) -> None:
+        """End the process at once, whatever it does; its requests fail with `why`."""
+        self._killed = why
+        self._process.kill()
 
     async def wait_dead(self) -> LLMToolError:
         """Returns when the engine can serve no more, with the reason."""

@@ -39,8 +39,11 @@ def kv_budget(
     host_free: bytes for swapped pages. On a GPU, pages take what gpu_memory_utilization leaves beside weights and
     activations; on a CPU, where others need memory too, enough for max_num_seqs sequences of full length, and at
     most a quarter of what is free. Without a max_model_len the model's is shortened to what fits; one that was
-    asked for and does not fit is an InfeasibleError.
+    asked for and does not fit is an InfeasibleError. Engines of a fleet share a CPU's memory equally.
     """
+    if on_cpu:
+        memory = DeviceMemory(memory.total, memory.free // config.engines)
+        host_free //= config.engines
     length = config.max_model_len or model_len
     if length > model_len:
         raise UsageError(

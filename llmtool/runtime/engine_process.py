@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -21,7 +23,7 @@ from typing import IO, Any
 from llmtool.config import EngineConfig
 from llmtool.core.engine import Engine
 from llmtool.core.pooling import PoolingEngine, PoolingScheduler
-from llmtool.core.ports import Drafts, RealClock
+from llmtool.core.ports import Drafts, MovesPages, RealClock
 from llmtool.core.request import SequenceOutput
 from llmtool.core.scheduler import Scheduler
 from llmtool.core.speculation.build import check_speculation, speculator_of
@@ -29,7 +31,10 @@ from llmtool.core.stats import MemoryView, memory_view
 from llmtool.core.steplog import StepLogWriter
 from llmtool.errors import EngineDead, LLMToolError, UsageError
 from llmtool.models.cache import cache_dir
+from llmtool.runtime.kv_link import KVLink, SocketLink
+from llmtool.runtime.lifeline import die_with
 from llmtool.runtime.parts import EngineParts, PoolingParts
+from llmtool.runtime.place import Place
 from llmtool.runtime.spec_state import Learned
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent's business, also when the whole group gets them
@@ -38,24 +43,29 @@ QUIET = 5.0  # the same, before it checks itself
 COMMANDS_PER_STEP = 256
 STATS_INTERVAL = 0.1  # seconds between snapshots while the engine is busy
 
-# ("add", id, prompt, params, priority, cache_salt, seed) | ("pool", id, inputs, segments, priority)
-# | ("abort", id, index) | ("memory",) | ("close",)
+# ("add", id, prompt, params, priority, cache_salt, seed, handoff, given, moved)
+# | ("pool", id, inputs, segments, priority) | ("abort", id, index) | ("send", id, address)
+# | ("drop", id) | ("memory",) | ("ping",) | ("close",)
 Command = tuple[Any, ...]
 # ("progress", text, fraction) | ("ready", EngineInfo) | ("admitted", id) | ("refused", id, error)
-# | ("step", plain, outputs, num_tokens) | ("stats", EngineStats) | ("memory", MemoryView)
+# | ("step", plain, outputs, num_tokens) | ("stats", EngineStats) | ("memory", MemoryView) | ("pong",)
+# | ("sent", id, bytes, why not)
 # | ("failed", error, traceback)
 # where plain = [(id, index, token_ids), ...], the outputs that carry nothing else
 Message = tuple[Any, ...]
 
 
-def main(connection: Connection, config: EngineConfig, factory: str) -> None:
-    """Entry of the process. factory: "module:function", an EngineFactory."""
+def main(connection: Connection, config: EngineConfig, factory: str, parent: int, place: Place) -> None:
+    """Entry of the process. factory: "module:function", an EngineFactory. parent: the id of the process that
+    started this one."""
+    die_with(parent)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the parent held them until here
-    log_file = None
+    log_file = link = None
     try:
         started = time.monotonic()
+        place.take()
         # These two before the model is loaded: bad settings and a bad path should fail at once.
         check_speculation(config.spec, config.proposer)
         log_file = _open_log(config.step_log)
@@ -66,9 +76,12 @@ def main(connection: Connection, config: EngineConfig, factory: str) -> None:
         if drafts is not None:
             learned = Learned(cache_dir(), parts.info, drafts.controller, config.proposer)
         engine = _engine(parts, config, log_file, drafts)
-        seconds = time.monotonic() - started
-        connection.send(("ready", replace(parts.info, load_seconds=seconds, pid=os.getpid())))
-        _Loop(connection, engine, parts.when_idle, learned).run()
+        info = replace(parts.info, load_seconds=time.monotonic() - started, pid=os.getpid())
+        if place.key is not None:
+            link = _link(parts, place.key)
+            info = replace(info, kv_address=link.address)
+        connection.send(("ready", info))
+        _Loop(connection, engine, parts.when_idle, learned, link).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     except LLMToolError as error:
@@ -79,6 +92,16 @@ def main(connection: Connection, config: EngineConfig, factory: str) -> None:
     finally:
         if log_file is not None:
             log_file.close()
+        if link is not None:
+            link.close()
+
+
+def _link(parts: EngineParts | PoolingParts, key: bytes) -> SocketLink:
+    if isinstance(parts, PoolingParts):
+        raise UsageError("This model is an encoder: it has no KV to move.", "Leave out --disaggregate.")
+    if not isinstance(parts.executor, MovesPages):
+        raise UsageError("This engine's KV cannot be moved to another one.", "Leave out --disaggregate.")
+    return SocketLink(key)
 
 
 def _open_log(path: str | None) -> IO[str] | None:
@@ -124,7 +147,10 @@ class _Loop:
         engine: Engine | PoolingEngine,
         when_idle: Callable[[], None] | None = None,
         learned: Learned | None = None,
+        link: KVLink | None = None,
     ) -> None:
+        self._link = link
+        self._lock = threading.Lock()  # the link's threads report, too
         self._learned = learned
         self._trips = 0
         self._connection = connection
@@ -159,9 +185,12 @@ class _Loop:
 
     def _handle(self, command: Command) -> None:
         match command:
-            case ("add", request_id, prompt, params, priority, cache_salt, seed):
+            case ("add", request_id, prompt, params, priority, cache_salt, seed, handoff, given, moved):
                 assert isinstance(self._engine, Engine)
                 work = partial(self._engine.add, priority=priority, cache_salt=cache_salt, seed=seed)
+                if self._link is not None:
+                    kv = self._link.take(request_id)
+                    work = partial(work, handoff=handoff, given=given, kv=kv if moved else None)
                 self._admit(request_id, lambda: work(request_id, prompt, params))
             case ("pool", request_id, inputs, segments, priority):
                 assert isinstance(self._engine, PoolingEngine)
@@ -169,22 +198,44 @@ class _Loop:
                 self._admit(request_id, lambda: pool(request_id, inputs))
             case ("abort", request_id, index):
                 self._send(self._engine.abort(request_id, index), 0)
+            case ("send", request_id, address):
+                assert isinstance(self._engine, Engine) and self._link is not None
+                kv = self._engine.leaving.pop(request_id, None)
+                if kv is None:
+                    self._say(("sent", request_id, 0, "it was not kept"))
+                else:
+                    self._link.send(address, request_id, kv, partial(self._sent, request_id))
+            case ("drop", request_id):
+                assert isinstance(self._engine, Engine)
+                self._engine.leaving.pop(request_id, None)
+                if self._link is not None:
+                    self._link.take(request_id)
             case ("memory",):
                 engine = self._engine
                 view = memory_view(engine.scheduler.allocator) if isinstance(engine, Engine) else MemoryView()
-                self._connection.send(("memory", view))
+                self._say(("memory", view))
+            case ("ping",):
+                self._say(("pong",))
             case ("close",):
                 self._closing = True
             case _:
                 raise AssertionError(f"unknown command {command[0]!r}")
 
+    def _say(self, message: Message) -> None:
+        with self._lock:
+            self._connection.send(message)
+
+    def _sent(self, request_id: str, nbytes: int, why_not: str) -> None:
+        with suppress(OSError):  # the parent is gone: the loop hears of it, too
+            self._say(("sent", request_id, nbytes, why_not))
+
     def _admit(self, request_id: str, work: Callable[[], None]) -> None:
         try:
             work()
         except LLMToolError as error:
-            self._connection.send(("refused", request_id, error))
+            self._say(("refused", request_id, error))
         else:
-            self._connection.send(("admitted", request_id))
+            self._say(("admitted", request_id))
 
     def _step(self) -> None:
         outputs = self._engine.step()
@@ -200,7 +251,7 @@ class _Loop:
         plain = [(o.request_id, o.index, o.token_ids) for o in outputs if _is_plain(o)]
         rest = [o for o in outputs if not _is_plain(o)]
         if outputs or num_tokens:
-            self._connection.send(("step", plain, rest, num_tokens))
+            self._say(("step", plain, rest, num_tokens))
 
     def _send_stats(self) -> None:
         stats = self._engine.stats
@@ -210,7 +261,7 @@ class _Loop:
             sys.stderr.write(
                 f"Speculation lost time at this load and is off for a while: {stats.spec.explain}\n"
             )
-        self._connection.send(("stats", stats))
+        self._say(("stats", stats))
 
 
 def rss_bytes() -> int:

@@ -132,6 +132,10 @@ class TorchExecutor:
             with suppress(ModelError):  # a tokenizer that llguidance cannot read: for who asks for a grammar
                 self._compiler = self._make_compiler()
 
+    def read_pages(self, entries: Sequence[Sequence[int]]) -> bytes:
+        with torch.inference_mode():
+            return self.store.read(entries)
+
     # -- a step --------------------------------------------------------------------------------------------
 
     def _run(self, out: SchedulerOutput) -> StepResult:
@@ -143,6 +147,11 @@ class TorchExecutor:
         self.store.copy(out.copies)
         for new in out.new:
             self._add(new)
+        for moved in out.received:
+            try:
+                self.store.write(moved.entries, moved.kv)
+            except ValueError as error:
+                self._failed[moved.id] = str(error)
         outcome = _Outcome()
         self._note_tokens(out.scheduled, outcome)
         if out.scheduled:

@@ -9,7 +9,7 @@ from contextlib import suppress
 import torch
 from llmtool_kernels.attention import KVLayout, copy_pages
 
-from llmtool.core.memory.geometry import STATES, KVCacheGroup
+from llmtool.core.memory.geometry import STATES, UNIT, KVCacheGroup
 from llmtool.core.ports import PageCopy
 from llmtool.models.recurrent import StatePlace
 
@@ -106,6 +106,27 @@ class KVStore:
 
     def copy(self, copies: Sequence[PageCopy]) -> None:
         self._move(self.arena, self.arena, copies)
+
+    def read(self, entries: Sequence[Sequence[int]]) -> bytes:
+        """The bytes of these pages, per group its table entries, one after the other."""
+        pieces = [self._page(g, entry) for g, group in enumerate(entries) for entry in group]
+        return torch.cat(pieces).cpu().numpy().tobytes() if pieces else b""
+
+    def write(self, entries: Sequence[Sequence[int]], data: bytes) -> None:
+        """What `read` gave, into these pages. Raises ValueError where it is not of their size."""
+        pages = [self._page(g, entry) for g, group in enumerate(entries) for entry in group]
+        size = sum(len(page) for page in pages)
+        if len(data) != size:
+            raise ValueError(f"The KV that came has {len(data)} bytes, its pages have {size}.")
+        if not pages:
+            return
+        source = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self.device)
+        for page, piece in zip(pages, source.split([len(page) for page in pages]), strict=True):
+            page.copy_(piece)
+
+    def _page(self, group: int, entry: int) -> torch.Tensor:
+        """uint8 [page_bytes], a view of the arena."""
+        return self.arena[entry * UNIT : entry * UNIT + self.groups[group].page_bytes]
 
     def _move(self, target: torch.Tensor, source: torch.Tensor, copies: Sequence[PageCopy]) -> None:
         """Group by group: what one writes is no page that another still reads."""

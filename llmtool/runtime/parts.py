@@ -43,7 +43,8 @@ class PoolingInfo:
 class EngineInfo:
     """Facts of a running engine. Sizes in bytes; load_seconds: from start to ready. pooling: of an encoder, None
     for what generates. kv_cache_dtype: of keys and values in their pages; "" where nothing is cached. aot_bytes:
-    set aside for steps captured ahead of time. large_pages: a page holds small ones of several kinds of layers."""
+    set aside for steps captured ahead of time. large_pages: a page holds small ones of several kinds of layers.
+    kv_address: where KV of other engines is sent to, None of one that works alone."""
 
     model: str
     served_model_name: str
@@ -70,6 +71,7 @@ class EngineInfo:
     kv_cache_dtype: str = ""
     aot_bytes: int = 0
     large_pages: bool = False
+    kv_address: tuple[str, int] | None = None
 
     @property
     def kv_bytes(self) -> int:

@@ -45,6 +45,7 @@ from llmtool.serve.protocol.service import (
     Memory,
     ModelCard,
     ModelList,
+    Replica,
     Status,
     TokenizeRequest,
     TokenizeResponse,
@@ -240,18 +241,28 @@ def _add_tokens(app: FastAPI, context: ServeContext) -> None:
         return await detokenize(context, body)
 
 
-def _add_service(app: FastAPI, context: ServeContext) -> None:
-    @app.get("/health", responses=documented(503), tags=["operations"])
-    async def health() -> Status:
-        """503 once the engine is dead: restart this server."""
-        context.check_alive()
-        return Status(status="ok")
+def _status(context: ServeContext, status: str) -> Status:
+    fleet = context.engine.fleet
+    if fleet is None:
+        return Status(status=status)
+    replicas = [
+        Replica(number=r.number, role=r.role, state=r.state, restarts=r.restarts) for r in fleet.replicas
+    ]
+    return Status(status=status if fleet.up == len(replicas) else "degraded", replicas=replicas)
 
-    @app.get("/ready", responses=documented(503), tags=["operations"])
+
+def _add_service(app: FastAPI, context: ServeContext) -> None:
+    @app.get("/health", responses=documented(503), tags=["operations"], response_model_exclude_none=True)
+    async def health() -> Status:
+        """503 once the engine is dead: restart this server. Of several replicas, once all are and stay so."""
+        context.check_alive()
+        return _status(context, "ok")
+
+    @app.get("/ready", responses=documented(503), tags=["operations"], response_model_exclude_none=True)
     async def ready() -> Status:
-        """503 while the server drains or the engine is dead: send requests elsewhere."""
+        """503 while the server drains, the engine is dead or no replica is up: send requests elsewhere."""
         context.check_serving()
-        return Status(status="ready")
+        return _status(context, "ready")
 
     @app.get("/version", tags=["operations"])
     async def version() -> Version:

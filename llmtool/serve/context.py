@@ -13,7 +13,7 @@ from functools import partial
 
 from llmtool.config import ServerConfig
 from llmtool.core.request import Grammar, SamplingParams
-from llmtool.errors import EngineDead, RequestError, RequestTooLong
+from llmtool.errors import EngineDead, NoReplica, RequestError, RequestTooLong
 from llmtool.models.tokenizer import LONG_TEXT, Tokenizer
 from llmtool.serve.errors import ModelNotFound, ServerDraining
 from llmtool.serve.generation import Generation, TextOptions
@@ -57,8 +57,15 @@ class ServeContext:
             )
 
     def check_serving(self) -> None:
-        """Raises EngineDead or ServerDraining when no new work can be taken."""
+        """Raises EngineDead, NoReplica or ServerDraining when no new work can be taken."""
         self.check_alive()
+        fleet = self.engine.fleet
+        if fleet is not None and not fleet.up:
+            raise NoReplica(
+                f"None of {len(fleet.replicas)} replicas is up, they are being restarted.",
+                "Send the request to another server, or again.",
+                retry_after=5.0,
+            )
         if self.draining:
             raise ServerDraining("The server is shutting down.", "Send the request to another one.")
 

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from llmtool.core.request import RequestTimes, SamplingParams
-from llmtool.core.stats import SpecCounters
+from llmtool.core.stats import FleetView, SpecCounters
 from llmtool.runtime.parts import memory_bytes
 from llmtool.serve.ports import Engine
 
@@ -205,6 +205,8 @@ class EngineCollector(Collector):
         if stats.spec is not None:
             yield from self._speculation(stats.spec, model)
         yield from self._ours(model)
+        if (fleet := self._engine.fleet) is not None:
+            yield from self._replicas(fleet, model)
 
     def _speculation(self, spec: SpecCounters, model: list[str]) -> Iterator[Metric]:
         """vLLM's counters, and what the controller has learned."""
@@ -267,6 +269,51 @@ class EngineCollector(Collector):
             counter = CounterMetricFamily(f"llmtool:{name}", text, labels=["model_name"])
             counter.add_metric(model, value)
             yield counter
+
+    @staticmethod
+    def _replicas(fleet: FleetView, model: list[str]) -> Iterator[Metric]:
+        """Of each engine behind the front. The shared names above are their sums: under names of their own, these
+        are not added to them a second time."""
+        counts = [(r, r.stats) for r in fleet.replicas]
+        labels = ["model_name", "replica"]
+        for name, text, values in (
+            ("up", "1 while the replica takes requests.", [r.state == "up" for r, _ in counts]),
+            ("requests_running", "Sequences in its batch.", [s.num_running for _, s in counts]),
+            ("requests_waiting", "Sequences that wait for admission.", [s.num_waiting for _, s in counts]),
+            ("requests_unfinished", "Requests routed to it and not ended.", [r.load for r, _ in counts]),
+            ("kv_cache_usage", "Part of its KV pages in use, 0 to 1.", [s.kv_usage for _, s in counts]),
+        ):
+            gauge = GaugeMetricFamily(f"llmtool:replica_{name}", text, labels=labels)
+            for (replica, _), value in zip(counts, values, strict=True):
+                gauge.add_metric([*model, str(replica.number)], float(value))
+            yield gauge
+        for name, text, values in (
+            ("restarts", "Times that it was started again.", [r.restarts for r, _ in counts]),
+            ("prompt_tokens", "Prompt tokens computed or found.", [s.prompt_tokens for _, s in counts]),
+            ("generation_tokens", "Tokens generated.", [s.generation_tokens for _, s in counts]),
+            ("prefix_cache_queries", "Prompt tokens looked up.", [s.prefix_queries for _, s in counts]),
+            ("prefix_cache_hits", "Prompt tokens found.", [s.prefix_hits for _, s in counts]),
+            ("preemptions", "Sequences that lost their pages.", [s.preemptions for _, s in counts]),
+            ("engine_steps", "Committed engine steps.", [s.steps for _, s in counts]),
+        ):
+            counter = CounterMetricFamily(f"llmtool:replica_{name}", text, labels=labels)
+            for (replica, _), value in zip(counts, values, strict=True):
+                counter.add_metric([*model, str(replica.number)], value)
+            yield counter
+        if (moved := fleet.transfers) is not None:
+            for name, text, value in (
+                ("kv_transfers", "Requests whose KV went to a decode engine.", moved.done),
+                ("kv_transfers_failed", "Requests whose KV was computed again instead.", moved.failed),
+                ("kv_transfer_bytes", "Bytes of KV sent.", moved.nbytes),
+                ("kv_transfer_seconds", "From asking for a transfer to its end, in sum.", moved.seconds),
+            ):
+                yield _counter(f"llmtool:{name}", text, model, value)
+        yield _counter(
+            "llmtool:requests_retried", "Requests moved when their replica died.", model, fleet.retried
+        )
+        yield _counter(
+            "llmtool:requests_lost", "Requests that failed by a replica's death.", model, fleet.lost
+        )
 
 
 def _counter(name: str, text: str, model: list[str], value: float) -> Metric:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from llmtool.core.request import SamplingParams, SequenceOutput
-from llmtool.core.stats import EngineStats, MemoryView
+from llmtool.core.stats import EngineStats, FleetView, MemoryView
 from llmtool.errors import LLMToolError
 
 
@@ -77,6 +77,10 @@ class Engine(Protocol):
     def stats(self) -> EngineStats: ...
     @property
     def dead(self) -> LLMToolError | None: ...
+    @property
+    def fleet(self) -> FleetView | None:
+        """The engines behind this one, if it is a front of several."""
+        ...
 
     on_step: Callable[[int], None] | None
     """Called with the number of batched tokens of every committed step."""

@@ -48,7 +48,7 @@ def transfer_seconds(split: Split, cluster: Cluster, tokens: int) -> float:
 
 
 def simulate_split(
-    split: Split, cluster: Cluster, ops: Ops, workload: Workload, router: str = "round-robin"
+    split: Split, cluster: Cluster, ops: Ops, workload: Workload, router: str | None = None
 ) -> SimResult:
     """Run an open-loop workload. The result's deployment is the decode side's; its devices are both sides'."""
     p_cost, d_cost = PlanCost(split.prefill, cluster, ops), PlanCost(split.decode, cluster, ops)
@@ -60,13 +60,15 @@ def simulate_split(
         Replica(d_cost, d_memory, prefilled=True)
         for _ in range(split.decode.plan.dp * split.decode.plan.attention_dp)
     ]
+    router = router or split.prefill.engine.router
     choose = make_router(router)
     for index, row in enumerate(workload.rows):
         request = sim_request(index, row, row.arrival or 0.0)
         if choose.needs_load:
             for replica in prefills:
                 replica.advance(request.at)
-        prefills[choose.pick([r.load for r in prefills])].add(replace(request, output=1))
+        prompt = request.prompt if workload.shares_prefixes else ()
+        prefills[choose.pick([r.load for r in prefills], prompt)].add(replace(request, output=1))
     for replica in prefills:
         replica.advance(math.inf)
     first = {f.id: f for replica in prefills for f in replica.finished}

@@ -18,7 +18,7 @@ class EngineProfile:
     memory, network: factors on the times of kernels bound by each, and of collectives; attention: one more on
     that of prompts. request: seconds from a
     client's sending to the scheduler, and back. budget, max_seqs: defaults of a step. reserve: bytes of a device
-    beside weights, KV and activations. source: what the constants were fitted on.
+    beside weights, KV and activations. router: between its replicas. source: what the constants were fitted on.
     """
 
     name: str
@@ -33,6 +33,7 @@ class EngineProfile:
     max_seqs: int = 256
     utilization: float = 0.9
     reserve: int = 640 * 2**20
+    router: str = "round-robin"
     source: str = ""
 
 

@@ -28,7 +28,8 @@ IDLE_SHARE = 0.3  # of a device's power when it does nothing; the rest follows w
 @dataclass
 class SimResult:
     """finished: all requests, by id. duration: from the first arrival to the last end. totals: of each simulated
-    attention group. devices: of the whole deployment."""
+    attention group. devices: of the whole deployment. routes: of an open
+    loop, the engine that each request went to."""
 
     deployment: Deployment
     cost: PlanCost
@@ -41,6 +42,7 @@ class SimResult:
     kv_peak: float = 0.0
     extra_devices: int = 0
     notes: tuple[str, ...] = field(default=())
+    routes: tuple[int, ...] = ()
 
     @cached_property
     def records(self) -> list[RequestRecord]:
@@ -166,22 +168,25 @@ def simulate(
     ops: Ops,
     workload: Workload,
     *,
-    router: str = "round-robin",
+    router: str | None = None,
     macro: bool = True,
     record: bool = False,
     cost: PlanCost | None = None,
 ) -> SimResult:
-    """Run a workload to its end. Raises InfeasibleError where one sequence does not fit."""
+    """Run a workload to its end. router: None for the engine's own; clients of a closed loop are shared out evenly
+    whatever it is. Raises InfeasibleError where one sequence does not fit."""
+    router = router or deployment.engine.router
     cost = cost or PlanCost(deployment, cluster, ops)
     memory = device_memory(deployment, cluster.device)
     plan = deployment.plan
     count = plan.dp * plan.attention_dp
     shares = [workload.rows[i::count] if router == "round-robin" else workload.rows for i in range(count)]
     replicas = [Replica(cost, _at_most(memory, deployment, rows), macro, record) for rows in shares]
+    routes: list[int] = []
     if workload.concurrency is not None:
         _closed_loop(replicas, workload)
     else:
-        _open_loop(replicas, workload, router)
+        routes = _open_loop(replicas, workload, router)
     finished = sorted((f for r in replicas for f in r.finished), key=lambda f: f.id)
     first = min(f.arrival for f in finished)
     return SimResult(
@@ -194,6 +199,7 @@ def simulate(
         devices=plan.devices,
         preemptions=sum(r.stats.preemptions for r in replicas),
         kv_peak=max(r.stats.pages_peak for r in replicas) / memory.pages,
+        routes=tuple(routes),
     )
 
 
@@ -205,16 +211,23 @@ def _at_most(memory: DeviceMemory, d: Deployment, rows: Sequence[TraceRow]) -> D
     return replace(memory, pages=min(memory.pages, max(most, -(-d.max_len // page)) + d.max_seqs))
 
 
-def _open_loop(replicas: list[Replica], workload: Workload, router: str) -> None:
+def _open_loop(replicas: list[Replica], workload: Workload, router: str) -> list[int]:
+    """Which engine got which request."""
     choose = make_router(router)
+    alone = len(replicas) == 1  # nothing to choose: arrivals need not be simulated one by one
+    routes: list[int] = []
     for index, row in enumerate(workload.rows):
         at = row.arrival or 0.0
-        if choose.needs_load:
+        if choose.needs_load and not alone:
             for replica in replicas:
                 replica.advance(at)
-        replicas[choose.pick([r.load for r in replicas])].add(sim_request(index, row, at))
+        request = sim_request(index, row, at)
+        prompt = request.prompt if workload.shares_prefixes and not alone else ()
+        routes.append(choose.pick([r.load for r in replicas], prompt))
+        replicas[routes[-1]].add(request)
     for replica in replicas:
         replica.advance(math.inf)
+    return routes
 
 
 def _closed_loop(replicas: list[Replica], workload: Workload) -> None:

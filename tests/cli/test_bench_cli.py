@@ -152,6 +152,12 @@ def test_no_figure_of_a_sweep_is_cut_on_a_narrow_screen(url: str) -> None:
         (["a", "b", "--perplexity"], "Unexpected argument 'b'"),
         (["--perplexity", "--dataset-path", "/no/such/file"], "Cannot read the text /no/such/file"),
         (["--endpoint", "embeddings", "--top-k", "4"], "Embeddings are not sampled"),
+        (["x", "--simulate", "--device", "h100", "--disaggregate", "1:1"], "--simulate is of one engine"),
+        (["--data-parallel-size", "0"], "data_parallel_size must be at least 1"),
+        (
+            ["--url", "http://h:1", "--data-parallel-size", "2"],
+            "--data-parallel-size cannot change the server",
+        ),
     ],
 )
 def test_flags_that_contradict_are_usage_errors(

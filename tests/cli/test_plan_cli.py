@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,16 @@ def test_one_device_serves_its_plan(tmp_path: Path) -> None:
     )
 
 
-def test_a_plan_of_several_devices_is_not_served_here(tmp_path: Path) -> None:
-    file = str(tmp_path / "plan.toml")
-    call(*SMALL, "--num-devices", "2", "-o", file, "-q")
-    assert "one process" in call("serve", "--plan", file, code=2)
+def test_replicas_are_served_as_planned(tmp_path: Path) -> None:
+    """A plan of one device, then the same of two engines, and of one engine over two devices."""
+    file = tmp_path / "plan.toml"
+    call(*SMALL, "--num-devices", "1", "-o", str(file), "-q")
+    one = file.read_text()
+    file.write_text(one.replace("data_parallel = 1", "data_parallel = 2", 1))
+    settings = json.loads(call("serve", "--plan", str(file), "--print-config", "--json"))
+    assert settings["data_parallel_size"] == 2
+    file.write_text(one.replace("tensor_parallel = 1", "tensor_parallel = 2", 1))
+    assert "engines of 2 devices" in call("serve", "--plan", str(file), code=2)
 
 
 @pytest.mark.parametrize(
@@ -185,10 +192,16 @@ def test_a_bench_result_calibrates(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "constants" in document("plan", "--calibrate", str(ours), "--plan", plan)
 
 
-def test_disaggregated_plans_stand_beside_the_others() -> None:
-    data = document(*SMALL, "--num-devices", "2", "--disaggregate", "--objective", "latency")
-    split = data["disaggregated"][0]
+def test_disaggregated_plans_stand_beside_the_others(tmp_path: Path) -> None:
+    file = str(tmp_path / "plan.toml")
+    data = document(*SMALL, "--num-devices", "2", "--disaggregate", "--objective", "latency", "-o", file)
+    split, best = data["disaggregated"][0], data["plans"][0]
     assert split["devices"] == 2 and split["mean_tpot_ms"] > 0
+    wins = split["mean_e2el_ms"] < best["mean_e2el_ms"]
+    text = Path(file).read_text()
+    assert ('disaggregate = "1:1"' in text) == wins
+    predicted = tomllib.loads(text)["prediction"]["mean_e2el_ms"]
+    assert predicted == pytest.approx((split if wins else best)["mean_e2el_ms"], rel=1e-4)
     assert "request rate" in call(
         *SMALL, "--disaggregate", "--max-concurrency", "4", "--num-devices", "2", code=2
     )

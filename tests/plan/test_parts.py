@@ -11,6 +11,7 @@ from llmtool.errors import InfeasibleError, UsageError
 from llmtool.hardware import Cluster
 from llmtool.plan.calibration import calibrate, engine_for, store
 from llmtool.plan.capacity import capacity, holds
+from llmtool.plan.disaggregate import better_split
 from llmtool.plan.fit import Observation
 from llmtool.plan.launch import bench_line, sglang_lines, vllm_lines
 from llmtool.plan.objective import Objective, figures
@@ -124,13 +125,27 @@ def test_a_plan_file_comes_back(tmp_path: Path) -> None:
     back = read_plan(tmp_path / "p.toml")
     assert back.plan == plan and back.model == "toy" and back.device == "h100" and back.engine == "test"
     assert back.settings["max_num_batched_tokens"] == 128 and back.prediction["mean_tpot_ms"] == 1.23
-    with pytest.raises(UsageError, match="for 4 devices"):
+    with pytest.raises(UsageError, match="engines of 4 devices"):
         serve_settings(tmp_path / "p.toml")
+    write_plan(tmp_path / "dp.toml", "toy", "cpu", deployment(ParallelPlan(dp=3)), {}, 0.15)
+    assert serve_settings(tmp_path / "dp.toml")["data_parallel_size"] == 3
+    write_plan(tmp_path / "split.toml", "toy", "cpu", deployment(ParallelPlan(dp=3)), {}, 0.15, "1:2")
+    settings = serve_settings(tmp_path / "split.toml")
+    assert settings["disaggregate"] == "1:2" and "data_parallel_size" not in settings
+    assert read_plan(tmp_path / "split.toml").disaggregate == "1:2" and back.disaggregate == ""
     write_plan(tmp_path / "one.toml", "toy", "cpu", deployment(ParallelPlan()), {}, 0.15)
     assert serve_settings(tmp_path / "one.toml")["max_num_seqs"] == 16
     (tmp_path / "bad.toml").write_text("[plan]\nversion = 9\n")
     with pytest.raises(UsageError, match="no plan of version 1"):
         read_plan(tmp_path / "bad.toml")
+
+
+def test_a_split_is_chosen_where_it_wins_and_can_be_run() -> None:
+    row = {"devices_per_engine": [1, 1], "meets_slos": True, "loss": 2.0}
+    assert better_split([row], True, 3.0) is row and better_split([row], False, 1.0) is row
+    assert better_split([row], True, 2.0) is None and better_split([], False, 9.0) is None
+    assert better_split([row | {"devices_per_engine": [2, 1]}], True, 3.0) is None
+    assert better_split([row | {"meets_slos": False}], True, 3.0) is None
 
 
 def test_launch_lines_carry_the_plan() -> None:

@@ -85,18 +85,24 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def make(name: str) -> Any:
+    """transformers' model with random weights."""
+    config_class, settings = MODELS[name]
+    config = getattr(transformers, config_class)(**copy.deepcopy({**SIZES, **settings}))
+    torch.manual_seed(len(name))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model
+
+
 @pytest.fixture(scope="module")
 def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
     built: dict[str, TinyModel] = {}
 
     def get(name: str) -> TinyModel:
         if name not in built:
-            config_class, settings = MODELS[name]
-            config = getattr(transformers, config_class)(**copy.deepcopy({**SIZES, **settings}))
-            torch.manual_seed(len(name))
-            model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-            for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+            model = make(name)
             directory = tmp_path_factory.mktemp(name)
             model.save_pretrained(directory)
             built[name] = TinyModel(load(directory, torch.float32), model, directory)

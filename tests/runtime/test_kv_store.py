@@ -72,3 +72,24 @@ def test_a_system_without_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(mmap, "mmap", Plain)
     assert not KVStore(GROUP, num_pages=2).arena.any()
+
+
+def test_pages_read_here_are_written_there() -> None:
+    """Into other places, and of several sizes; what does not fit them is refused."""
+    attention = [LayerCacheSpec(i, 2, 8, 8, 4) for i in range(2)]
+    states = [LayerCacheSpec(2, 0, 0, 0, 4, "recurrent", state_bytes=700)]
+    groups = [uniform_group(attention, 4), uniform_group(states, 4, "states")]
+    size = groups[0].page_bytes * 4
+    here, there = (KVStore(groups, 8, page_bytes=size) for _ in range(2))
+    here.arena.copy_(torch.randint(256, here.arena.shape, dtype=torch.uint8))
+    unit = groups[0].page_units
+    mine, theirs = [[0, 3 * unit], [8 * unit]], [[5 * unit, 4 * unit], [0]]
+    data = here.read(mine)
+    assert len(data) == 2 * groups[0].page_bytes + groups[1].page_bytes
+    there.write(theirs, data)
+    for g, (a, b) in enumerate(zip(mine, theirs, strict=True)):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(here._page(g, x), there._page(g, y))
+    assert there.read(theirs) == data and here.read([[], []]) == b""
+    with pytest.raises(ValueError, match="its pages have"):
+        there.write(theirs, data[:-1])

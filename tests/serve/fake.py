@@ -18,7 +18,7 @@ from llmtool.core.request import (
     SequenceOutput,
     TokenLogprob,
 )
-from llmtool.core.stats import EngineStats, GroupView, MemoryView
+from llmtool.core.stats import EngineStats, FleetView, GroupView, MemoryView
 from llmtool.errors import EngineDead, LLMToolError, QueueFull
 from llmtool.models.tokenizer import Tokenizer
 from llmtool.runtime.parts import PoolingInfo
@@ -105,6 +105,7 @@ class FakeEngine:
     info: Info = field(default_factory=Info)
     stats: EngineStats = field(default_factory=EngineStats)
     dead: LLMToolError | None = None
+    fleet: FleetView | None = None
     on_step: Callable[[int], None] | None = None
     delay: float = 0.0
     per_step: int = 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 from collections.abc import Sequence
 
 from llmtool.config import SchedulerConfig
@@ -73,6 +74,8 @@ class MemoryExecutor:
             self._tables[new.id] = [list(table) for table in new.tables]
             self._tokens[new.id] = list(new.token_ids)
             self._facts[new.id] = (new.params, new.seed)
+        for moved in out.received:
+            self._device.put(moved.entries, pickle.loads(moved.kv))
         self.max_batch_tokens = max(self.max_batch_tokens, out.num_tokens)
         assert out.num_tokens == sum(s.num_tokens for s in out.scheduled)
         step = []
@@ -112,6 +115,9 @@ class MemoryExecutor:
 
     def collect(self) -> StepResult:
         return self._results.pop(0)
+
+    def read_pages(self, entries: Sequence[Sequence[int]]) -> bytes:
+        return pickle.dumps(self._device.get(entries))
 
 
 def make_engine(

@@ -81,6 +81,19 @@ class PageMemory:
         kind, slots = self.cells.get(entry, (-1, {}))
         return slots.get(slot) if kind == group else f"a page of group {kind}"
 
+    def get(self, entries: Sequence[Sequence[int]]) -> list[list[dict[int, object]]]:
+        """What lies in these pages, per group."""
+        found = [[self.cells.get(entry, (g, {})) for entry in group] for g, group in enumerate(entries)]
+        assert all(kind == g for g, group in enumerate(found) for kind, _ in group)
+        return [[dict(slots) for _, slots in group] for group in found]
+
+    def put(self, entries: Sequence[Sequence[int]], content: list[list[dict[int, object]]]) -> None:
+        for g, (group, pages) in enumerate(zip(entries, content, strict=True)):
+            for entry, slots in zip(group, pages, strict=True):
+                page = self._page(g, entry)
+                page.clear()
+                page.update(slots)
+
     def copy_from(self, source: PageMemory, copies: Sequence[PageCopy]) -> None:
         content = [source.cells.get(c.src, (c.group, {})) for c in copies]
         for copy, (group, slots) in zip(copies, content, strict=True):

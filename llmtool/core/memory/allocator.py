@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from llmtool.core.memory.geometry import KVCacheGroup
 from llmtool.core.ports import PageCopy
@@ -53,6 +53,28 @@ class Ledger:
     pages_used: int
     pages_cached: int
     pages_shared: int
+
+
+Entries = tuple[tuple[int, ...], ...]
+"""Table entries per group, in order; of a state, the one it lies in."""
+
+
+@runtime_checkable
+class Handover(Protocol):
+    """Sequences whose KV moves between engines of equal page plans. Both sides name the same pages, in the same
+    order, from the number of tokens alone: those that the token at position `num_tokens` reads."""
+
+    def lent(self, seq: str, num_tokens: int) -> Entries:
+        """Where the KV of the sequence's first `num_tokens` tokens lies, as far as the next token reads it."""
+        ...
+
+    def receive(
+        self, seq: str, token_ids: Sequence[int], num_tokens: int, *, salt: str = "", headroom: int = 0
+    ) -> Entries:
+        """Begin a sequence of which so many tokens have been computed elsewhere. Returns where their KV is to be
+        written, before the step that reads it. headroom: pages that must be left. Nothing is cached of it before
+        `advance`. Raises OutOfPages."""
+        ...
 
 
 class KVAllocator(Protocol):

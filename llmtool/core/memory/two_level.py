@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from llmtool.core.memory import two_level_accounts as accounts
-from llmtool.core.memory.allocator import Extension, Ledger, OutOfPages
+from llmtool.core.memory.allocator import Entries, Extension, Ledger, OutOfPages
 from llmtool.core.memory.arena import Arena
 from llmtool.core.memory.geometry import UNIT, KVCacheGroup
 from llmtool.core.memory.hashing import page_hash, root_hash
@@ -141,16 +141,7 @@ class TwoLevelAllocator:
     ) -> int:
         """hints: lengths of prefixes that later prompts may share, such as ends of chat messages."""
         assert seq not in self._seqs and max_new >= 1
-        state = SequencePages(token_ids, root_hash(salt) if self.prefix_caching else b"", len(self.tables))
-        size = self.block
-        if self.prefix_caching:
-            end = len(token_ids) - 1
-            # A question of up to TAIL tokens may differ next time: the state before it is dearer than the one at
-            # its end, which only the same prompt could use.
-            before = (end - TAIL // 4) // TAIL * TAIL
-            dear = (before if before >= size else end, *hints)
-            state.dear = frozenset(n // size for n in dear if n >= size)
-            state.keep = state.dear | {end // size}
+        state, size = self._new(token_ids, salt, hints), self.block
         hit = self._longest_hit(state) if reuse and self.prefix_caching else 0
         returned = self._came_back(state, hit)
         self._take_over(state, hit)
@@ -167,6 +158,19 @@ class TwoLevelAllocator:
             state.returned = self._returns % LET_IN != 0
         self._seqs[seq] = state
         return hit * size
+
+    def _new(self, token_ids: Sequence[int], salt: str, hints: Sequence[int] = ()) -> SequencePages:
+        state = SequencePages(token_ids, root_hash(salt) if self.prefix_caching else b"", len(self.tables))
+        size = self.block
+        if self.prefix_caching:
+            end = len(token_ids) - 1
+            # A question of up to TAIL tokens may differ next time: the state before it is dearer than the one at
+            # its end, which only the same prompt could use.
+            before = (end - TAIL // 4) // TAIL * TAIL
+            dear = (before if before >= size else end, *hints)
+            state.dear = frozenset(n // size for n in dear if n >= size)
+            state.keep = state.dear | {end // size}
+        return state
 
     def _came_back(self, state: SequencePages, hit: int) -> bool:
         """Was the block after the hit cached once?"""
@@ -436,8 +440,9 @@ class TwoLevelAllocator:
             for t in self.tables:
                 table = state.tables[t.group]
                 if t.is_state:
-                    if self._leaves(state, t, j + 1, num_tokens):
-                        state.names.append((j, t.columns[0], table[(j + 1) * t.per_block - 1]))
+                    page = table[(j + 1) * t.per_block - 1]
+                    if page != NONE and self._leaves(state, t, j + 1, num_tokens):
+                        state.names.append((j, t.columns[0], page))
                     continue
                 for i, column in enumerate(t.columns):
                     page = table[j * t.per_block + i]
@@ -635,6 +640,46 @@ class TwoLevelAllocator:
             for slot in slots:
                 self._host.release(slot, 0, keep=False)
         state.host = None
+
+    # -- handing over --------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _span(t: Table, num_tokens: int) -> tuple[int, int]:
+        """The entries of a table that the token at position `num_tokens` reads, of those before it."""
+        end = -(-num_tokens // t.tokens)
+        return min(t.first_live(num_tokens) // t.tokens, end - 1 if t.is_state else end), end
+
+    def lent(self, seq: str, num_tokens: int) -> Entries:
+        state, entry = self._seqs[seq], self.arena.entry
+        found = []
+        for t in self.tables:
+            first, end = self._span(t, num_tokens)
+            assert state.host is None and first >= state.first[t.group]
+            pages = state.tables[t.group][end - 1 if t.is_state else first : end]
+            found.append(tuple([entry(page) for page in pages]))
+        return tuple(found)
+
+    def receive(
+        self, seq: str, token_ids: Sequence[int], num_tokens: int, *, salt: str = "", headroom: int = 0
+    ) -> Entries:
+        assert seq not in self._seqs and 0 < num_tokens <= len(token_ids)
+        wants = [0] * len(self._specs)
+        for t in self.tables:
+            first, end = self._span(t, num_tokens)
+            wants[t.kind] += 1 if t.is_state else end - first
+        needed = self.arena.large_needed(wants) + headroom
+        if needed > self.arena.reclaimable or not self.arena.fits(wants):
+            self._refuse(wants, needed)
+        pages = self._take(seq, wants)
+        state = self._new(token_ids, salt)
+        for t in self.tables:
+            first, end = self._span(t, num_tokens)
+            own = [next(pages[t.kind]) for _ in range(1 if t.is_state else end - first)]
+            state.tables[t.group] = [NONE] * first + own * (end - first if t.is_state else 1)
+            state.first[t.group] = first
+        state.length = num_tokens
+        self._seqs[seq] = state
+        return self.lent(seq, num_tokens)
 
     # -- accounts ------------------------------------------------------------------------------------------
 

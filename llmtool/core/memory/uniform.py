@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from llmtool.core.memory.allocator import Extension, Ledger, OutOfPages
+from llmtool.core.memory.allocator import Entries, Extension, Ledger, OutOfPages
 from llmtool.core.memory.geometry import KVCacheGroup
 from llmtool.core.memory.hashing import page_hash, root_hash
 from llmtool.core.ports import PageCopy
@@ -317,6 +317,25 @@ class UniformAllocator:
         self._host_free.extend(reversed(state.host))
         state.host = None
         return copies
+
+    # -- handing over --------------------------------------------------------------------------------------
+
+    def lent(self, seq: str, num_tokens: int) -> Entries:
+        pages = self._seqs[seq].pages[: self.pages_for(num_tokens)]
+        return (tuple([page * self._units for page in pages]),)
+
+    def receive(
+        self, seq: str, token_ids: Sequence[int], num_tokens: int, *, salt: str = "", headroom: int = 0
+    ) -> Entries:
+        assert seq not in self._seqs and 0 < num_tokens <= len(token_ids)
+        new = self.pages_for(num_tokens)
+        if new + headroom > self.available():
+            raise OutOfPages(new + headroom, self.available(), self.groups[0].name)
+        state = _Sequence(token_ids, root_hash(salt) if self.prefix_caching else b"")
+        state.pages = [self._take() for _ in range(new)]
+        state.length = num_tokens
+        self._seqs[seq] = state
+        return self.lent(seq, num_tokens)
 
     # -- pages ---------------------------------------------------------------------------------------------
 

@@ -91,5 +91,17 @@ class Version(BaseModel):
     version: str
 
 
+class Replica(BaseModel):
+    """state: starting, up, down (it will be started again) or dead."""
+
+    number: int
+    role: str
+    state: str
+    restarts: int
+
+
 class Status(BaseModel):
+    """status: ok or ready; degraded where some of several replicas are not up."""
+
     status: str
+    replicas: list[Replica] | None = None
