@@ -76,8 +76,9 @@ class Decoder(Protocol):
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv: KVContext, wanted: Tensor | None = None
     ) -> Tensor:
-        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N], or [M, hidden] of the rows
-        `wanted` [M] alone; writes the KV of all to kv.arena. What is returned may be overwritten by the next call."""
+        """Hidden states [N, hidden] of tokens input_ids [N] at positions [N], or [M, hidden] of the
+        rows `wanted` [M] alone; writes the KV of all to kv.arena. What is returned may be overwritten by the
+        next call."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
