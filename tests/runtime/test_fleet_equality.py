@@ -26,6 +26,7 @@ from tests.runtime.test_hybrids import make as make_hybrid
 MODELS = ["llama", "gemma3", "mixtral"]
 HYBRIDS = ["lfm2", "falcon-h1"]
 SIZES = {"vocab_size": 300, "max_position_embeddings": 160, "num_hidden_layers": 2}
+GROWING = ("llama", "mixtral")  # their memory fills at any pace of the machine; windows and states give back
 
 
 def config_of(directory: Path, **settings: object) -> EngineConfig:
@@ -37,7 +38,7 @@ def config_of(directory: Path, **settings: object) -> EngineConfig:
         block_size=4,
         max_num_seqs=4,
         max_num_batched_tokens=13,
-        max_model_len=100,
+        max_model_len=140,
         num_threads=1,
         spec="3",
         **settings,  # type: ignore[arg-type]
@@ -53,7 +54,7 @@ def make_model(name: str, directory: Path) -> Path:
 def questions() -> list[tuple[list[int], int]]:
     """(prompt, tokens to generate): beginnings are shared, and texts repeat, for drafts to come from."""
     prompts = conversations(18, 5)
-    return [([*prompt, *prompt[-6:], *prompt[-6:]][:60], 12 + i % 20) for i, prompt in enumerate(prompts)]
+    return [([*prompt, *prompt[-6:], *prompt[-6:]][:60], 50 + i % 20) for i, prompt in enumerate(prompts)]
 
 
 def alone(config: EngineConfig) -> list[list[int]]:
@@ -74,7 +75,7 @@ def tight(config: EngineConfig) -> EngineConfig:
     """With memory for little more than one of the four sequences that may run."""
     parts = build(config, lambda text, fraction: None)
     assert isinstance(parts, EngineParts)
-    pages = parts.allocator().pages_for(100) * 5 // 4
+    pages = parts.allocator().pages_for(140) * 5 // 4
     return replace(config, kv_cache_memory_bytes=pages * parts.info.page_bytes)
 
 
@@ -102,7 +103,8 @@ def test_two_replicas_say_what_one_engine_says(name: str, tmp_path: Path) -> Non
         fleet = await Fleet.start(replace(config, data_parallel_size=2))
         try:
             await check_answers(fleet, want)
-            check_conditions(fleet.stats)
+            if name in GROWING:
+                check_conditions(fleet.stats)
             assert all(r.stats.generation_tokens > 50 for r in fleet.fleet.replicas)
         finally:
             await fleet.close()
@@ -122,7 +124,8 @@ def test_prefill_and_decode_engines_say_what_one_engine_says(name: str, tmp_path
         try:
             await check_answers(fleet, want)
             prefill, decode = (r.stats for r in fleet.fleet.replicas)
-            assert prefill.prefix_hits > 0 and decode.preemptions > 0
+            if name in GROWING:
+                assert prefill.prefix_hits > 0 and decode.preemptions > 0
             assert prefill.generation_tokens == 2 * len(want)
             assert decode.generation_tokens == 2 * (sum(map(len, want)) - len(want))
             moved = fleet.fleet.transfers
