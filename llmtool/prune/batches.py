@@ -59,12 +59,6 @@ def batches(items: Sequence[Item], batch_size: int, pad_id: int = 0, seed: int |
     return [collate(items, indices, pad_id) for indices in cut]
 
 
-def in_order(items: Sequence[Item], batch_size: int, pad_id: int = 0) -> list[Batch]:
-    """Batches in the order of `items`, as the released code of arXiv 2204.09656 draws them."""
-    places = range(len(items))
-    return [collate(items, places[at : at + batch_size], pad_id) for at in range(0, len(items), batch_size)]
-
-
 def collate(items: Sequence[Item], indices: Iterable[int], pad_id: int = 0) -> Batch:
     chosen = tuple(indices)
     picked = [items[i] for i in chosen]

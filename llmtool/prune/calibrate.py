@@ -26,12 +26,12 @@ Progress = Callable[[float], None]
 @dataclass(slots=True)
 class Gradients:
     """masks: of each sublayer [samples, units], samples in the order of the items. outputs: of each sublayer the
-    sum over tokens of g g^T [D, D], g the gradient of its consumer's output. tokens: per batch and sublayer
-    ||g||^2 of each token [B, S]."""
+    sum over tokens of g g^T [D, D], g the gradient of its consumer's output. grams: the mean over tokens of x x^T
+    [in, in], x what the consumer reads."""
 
     masks: list[Tensor]
     outputs: list[Tensor] = field(default_factory=list)
-    tokens: list[list[Tensor]] = field(default_factory=list)
+    grams: list[Tensor] = field(default_factory=list)
     loss: float = 0.0
 
 
@@ -43,10 +43,11 @@ def gradients(
     objective: Objective,
     seed: int,
     masks: Sequence[Tensor] | None = None,
-    with_outputs: bool = False,
+    with_moments: bool = False,
     progress: Progress = lambda fraction: None,
 ) -> Gradients:
-    """Per-sample gradients of the loss by masks, at `masks` (default: all ones).
+    """Per-sample gradients of the loss by masks, at `masks` (default: all ones); with_moments: outputs and grams
+    too.
 
     model: in evaluation mode; its parameters need no gradients. batches: cover their items once.
     """
@@ -54,16 +55,17 @@ def gradients(
     generator = torch.Generator().manual_seed(seed)
     count = sum(len(batch) for batch in batches)
     found = Gradients([torch.zeros(count, s.num_units) for s in sublayers])
-    if with_outputs:
-        sizes = [consumer_of(model, layout, s).out_features for s in sublayers]
-        found.outputs = [torch.zeros(n, n, device=device) for n in sizes]
-    done = 0
+    if with_moments:
+        consumers = [consumer_of(model, layout, s) for s in sublayers]
+        found.outputs = [torch.zeros(c.out_features, c.out_features, device=device) for c in consumers]
+        found.grams = [torch.zeros(c.in_features, c.in_features, device=device) for c in consumers]
+    done, tokens = 0, 0
     for batch in batches:
         on_device = batch.to(device)
         leaves = [
             _leaf(s, len(batch), None if masks is None else masks[i], device) for i, s in enumerate(sublayers)
         ]
-        watch = _OutputWatch(model, layout, sublayers, found.outputs) if with_outputs else None
+        watch = _Watch(model, layout, sublayers, found, on_device.tokens) if with_moments else None
         with torch.enable_grad(), masked(model, layout, sublayers, leaves):
             outputs = model(**on_device.inputs, **_no_cache(model))
             losses = objective.sample_losses(outputs, on_device, generator)
@@ -73,56 +75,59 @@ def gradients(
             assert leaf.grad is not None
             at[list(batch.indices)] = leaf.grad.float().cpu()
         if watch is not None:
-            found.tokens.append(watch.close())
+            tokens += watch.close()
         done += len(batch)
         progress(done / count)
     found.loss /= max(count, 1)
+    for gram in found.grams:
+        gram /= max(tokens, 1)
     return found
 
 
-def token_weights(batch: Batch, squared: Tensor, share: float) -> Tensor:
-    """float32 [B * S]: how much a token's error counts. `share` of it by the token's part of its sample's squared
-    output gradients [B, S], the rest evenly; padding counts nothing.
-
-    Within a sample, not among all: a few samples have nearly all of the gradient, and fitting to them generalises
-    worse than fitting to all alike.
-    """
-    tokens = batch.tokens
-    even = torch.ones_like(squared) if tokens is None else tokens.float()
-    lengths = even.sum(1, keepdim=True)
-    parts = squared * even
-    total = parts.sum(1, keepdim=True)
-    focused = torch.where(total > 0, parts / total.clamp(min=1e-30) * lengths, even)
-    return (even * ((1 - share) + share * focused)).flatten()
+def token_weights(batch: Batch, shape: tuple[int, int]) -> Tensor:
+    """float32 [B * S]: 1 for a token, 0 for padding. To weigh tokens by their part of the loss's gradient was no
+    better on held-out answers."""
+    return torch.ones(shape).flatten() if batch.tokens is None else batch.tokens.float().flatten()
 
 
-class _OutputWatch:
-    """Takes gradients of the consumers' outputs off a backward pass."""
+class _Watch:
+    """Takes the consumers' inputs off a forward pass, and gradients of their outputs off the backward pass."""
 
     def __init__(
-        self, model: nn.Module, layout: Layout, sublayers: Sequence[Sublayer], sums: list[Tensor]
+        self,
+        model: nn.Module,
+        layout: Layout,
+        sublayers: Sequence[Sublayer],
+        found: Gradients,
+        tokens: Tensor | None,
     ) -> None:
-        self.squares: list[Tensor] = [torch.empty(0)] * len(sublayers)
+        self.tokens, self.count = None if tokens is None else tokens.flatten(), 0
         self.hooks = [
-            consumer_of(model, layout, s).register_forward_hook(self._watcher(i, sums[i]))
+            consumer_of(model, layout, s).register_forward_hook(
+                self._watcher(found.outputs[i], found.grams[i])
+            )
             for i, s in enumerate(sublayers)
         ]
 
-    def _watcher(self, index: int, total: Tensor) -> Any:
+    def _watcher(self, outputs: Tensor, gram: Tensor) -> Any:
         def on_gradient(gradient: Tensor) -> None:
             flat = gradient.flatten(0, 1).float()
-            total.addmm_(flat.T, flat)
-            self.squares[index] = gradient.float().square().sum(-1).cpu()
+            outputs.addmm_(flat.T, flat)
 
-        def on_output(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def on_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            x = inputs[0].detach().flatten(0, 1).float()
+            x = x if self.tokens is None else x[self.tokens]
+            gram.addmm_(x.T, x)
+            self.count = len(x)
             output.register_hook(on_gradient)
 
         return on_output
 
-    def close(self) -> list[Tensor]:
+    def close(self) -> int:
+        """The number of tokens."""
         for hook in self.hooks:
             hook.remove()
-        return self.squares
+        return self.count
 
 
 def _leaf(sublayer: Sublayer, count: int, mask: Tensor | None, device: torch.device) -> Tensor:

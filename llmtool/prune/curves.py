@@ -47,7 +47,10 @@ def curve(
     if importance is not None:
         w = _root(importance.double()) @ w
     matrix.diagonal().add_(DAMPING * float(matrix.diagonal().mean()) + 1e-12)
-    state = _State(torch.linalg.inv(matrix), w, list(kept), sublayer.unit_dim)
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    # fp32 sums of inputs that differ too much in size need not be positive definite.
+    inverse = torch.linalg.inv(matrix) if int(failed) else torch.cholesky_inverse(factor)
+    state = _State(inverse, w, list(kept), sublayer.unit_dim)
     if sublayer.kind == "mlp":
         return _neurons(state, sublayer, granularity)
     if sublayer.group == 1:

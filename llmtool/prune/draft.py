@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from llmtool.errors import UsageError
 from llmtool.prune import latency
 from llmtool.prune.batches import Batch, batches
+from llmtool.prune.calibrate import token_weights
 from llmtool.prune.config import PruneConfig
 from llmtool.prune.data import Data
 from llmtool.prune.export import huggingface
@@ -123,10 +124,10 @@ def shallow(loaded: Loaded, parts: Sequence[Batch], keep: Sequence[int]) -> Any:
         found = refit(fit, held_out, consumer.weight, consumer.bias)
         consumer.weight.copy_(found.weight)
 
-    def weights(b: int, s: Sublayer, batch: Batch, shape: tuple[int, int]) -> Tensor:
-        return torch.ones(shape).flatten() if batch.tokens is None else batch.tokens.float().flatten()
-
-    side_by_side(loaded.model, student, loaded.layout, loaded.sublayers, parts, apart, kept, solve, weights)
+    side_by_side(
+        loaded.model, student, loaded.layout, loaded.sublayers, parts, apart, kept, solve,
+        lambda b, s, batch, shape: token_weights(batch, shape),
+    )  # fmt: skip
     blocks = nn.ModuleList([layers_of(student, loaded.layout)[i] for i in keep])
     parent, _, name = loaded.layout.layers.rpartition(".")
     setattr(base_of(student).get_submodule(parent), name, blocks)

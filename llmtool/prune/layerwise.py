@@ -4,6 +4,7 @@ should give so that the residual stream is the dense model's again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from llmtool.prune.batches import Batch
 from llmtool.prune.modeling import Layout, layers_of
+from llmtool.prune.remove import cut_layer
 from llmtool.prune.units import Kept, Sublayer, columns, consumer_of
 
 Progress = Callable[[float], None]
@@ -76,6 +78,10 @@ class Moments:
         return max(0.0, total) / max(self.weight, 1e-30)
 
 
+class Enough(Exception):
+    """Raised by a `solve` that wants to see no further sublayer."""
+
+
 class _Stop(Exception):
     """Ends a layer's forward pass where nothing after it is needed."""
 
@@ -104,8 +110,8 @@ def side_by_side(
     """From the bottom up: of every sublayer the moments of the student's consumer towards the teacher's stream,
     then `solve`. held_out: places of batches whose moments are kept apart. kept: units whose columns are looked at.
 
-    The student's consumers have the teacher's shapes; pruned columns are zero. Target: the teacher's residual
-    stream after the sublayer, minus what the student's stream was before it.
+    The student's consumers have the dense shapes; pruned columns are zero, and what feeds them is not computed.
+    Target: the teacher's residual stream after the sublayer, minus what the student's stream was before it.
     """
     device = next(student.parameters()).device
     runs = [layer_inputs(teacher, layout, batch.to(device)) for batch in batches]
@@ -114,34 +120,37 @@ def side_by_side(
     layers = list(zip(layers_of(teacher, layout), layers_of(student, layout), strict=True))
     for i, (dense, pruned) in enumerate(layers):
         own = [s for s in sublayers if s.layer == i]
+        thin = copy.deepcopy(pruned)
+        cut_layer(thin, layout, own[0], own[1], kept)
         streams: list[dict[str, Tensor]] = []
         for b, run in enumerate(runs):
             found, teacher_hidden[b] = _run(dense, run.calls[i], teacher_hidden[b], layout)
             streams.append(found)
         for k, sublayer in enumerate(own):
             consumer = consumer_of(student, layout, sublayer)
+            small: Any = thin.get_submodule(layout.out if sublayer.kind == "attention" else layout.down)
             at = columns(sublayer, kept[sublayer.index]).to(device)
             fit, apart = (Moments.zeros(len(at), consumer.out_features, device) for _ in range(2))
+            inputs: list[Tensor] = []
             for b, run in enumerate(runs):
-                x, y = _pair(
-                    pruned,
-                    consumer,
-                    sublayer,
-                    run.calls[i],
-                    student_hidden[b],
-                    streams[b][sublayer.kind],
-                    layout,
-                )
+                stream = streams[b].pop(sublayer.kind)
+                x, before = _pair(thin, small, sublayer, run.calls[i], student_hidden[b], layout)
                 count = weights(b, sublayer, batches[b], (x.shape[0], x.shape[1])).to(device)
                 into = apart if b in held_out else fit
-                x = x.flatten(0, 1).float()
-                x = x if len(at) == x.shape[1] else x[:, at]  # their products are most of the work
-                into.add(x, y.flatten(0, 1).float(), count)
-            solve(sublayer, fit, apart)
+                into.add(x.flatten(0, 1).float(), (stream - before).flatten(0, 1).float(), count)
+                if sublayer.kind == "mlp":
+                    student_hidden[b] = before
+                    inputs.append(x)
+            try:
+                solve(sublayer, fit, apart)
+            except Enough:
+                return
+            small.weight.copy_(consumer.weight[:, at])
+            if consumer.bias is not None:
+                small.bias.copy_(consumer.bias)
             progress((2 * i + k + 1) / (2 * len(layers)))
-        for b, run in enumerate(runs):
-            args, kwargs = run.calls[i]
-            student_hidden[b] = _first(pruned(student_hidden[b], *args, **kwargs))
+        for b, x in enumerate(inputs):
+            student_hidden[b] = _after(thin, layout, student_hidden[b] + small(x))
 
 
 def layer_inputs(model: nn.Module, layout: Layout, batch: Batch) -> LayerInputs:
@@ -190,10 +199,9 @@ def _pair(
     sublayer: Sublayer,
     call: tuple[tuple[Any, ...], dict[str, Any]],
     hidden: Tensor,
-    stream: Tensor,
     layout: Layout,
 ) -> tuple[Tensor, Tensor]:
-    """(what the consumer reads [B, S, in], what it should give [B, S, out])."""
+    """(what the consumer reads [B, S, in], the residual stream that its output is added to [B, S, out])."""
     seen: dict[str, Tensor] = {}
 
     def on_consumer(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -214,8 +222,14 @@ def _pair(
     finally:
         for hook in hooks:
             hook.remove()
-    before = seen["stream"] - seen["f"]
-    return seen["x"], stream - before
+    return seen["x"], seen["stream"] - seen["f"]
+
+
+def _after(layer: nn.Module, layout: Layout, stream: Tensor) -> Tensor:
+    """The layer's output, of the residual stream after its MLP."""
+    name = layout.streams[1]
+    out: Tensor = layer.get_submodule(name)(stream) if name else stream
+    return out
 
 
 def _keeping(found: dict[str, Tensor], kind: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from llmtool.errors import ModelError, UsageError
+from llmtool.models.resolve import ALIASES as EMBEDDED
 from llmtool.models.resolve import resolve
 from llmtool.prune.cost import Shape
 from llmtool.prune.modeling import LAYOUTS, Layout, base_of
@@ -22,7 +23,6 @@ ALIASES = {
     "bert": "google-bert/bert-base-uncased",
     "distilbert": "distilbert/distilbert-base-uncased",
     "roberta": "FacebookAI/roberta-base",
-    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
     "vit": "google/vit-base-patch16-224",
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "qwen3": "Qwen/Qwen3-0.6B",
@@ -94,6 +94,12 @@ def find(name: str) -> Path:
                 "Download it where there is a network, and give its directory (with config.json, the weights and "
                 "the tokenizer) in the place of the name.",
             ) from None
+    if name not in EMBEDDED and "/" not in name and not Path(name).exists():
+        raise ModelError(
+            f"The model {name!r} is no directory, file or alias.",
+            f"Give a Hugging Face directory, a GGUF file, a hub id (owner/name) or an alias "
+            f"({', '.join((*EMBEDDED, *ALIASES))}).",
+        )
     return resolve(name)
 
 

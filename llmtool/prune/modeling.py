@@ -139,16 +139,21 @@ def head_dim(layer: nn.Module, layout: Layout) -> int:
 def shrink(model: nn.Module, model_type: str, sizes: list[tuple[int, int, int]]) -> None:
     """Give each layer (query heads, KV heads, neurons): its Linears become smaller, their values undefined."""
     layout = LAYOUTS[model_type]
-    for layer, (heads, kv_heads, width) in zip(layers_of(model, layout), sizes, strict=True):
-        dim = head_dim(layer, layout) if heads else 0
-        for name in (layout.query, layout.key, layout.value):
-            if heads:
-                _resize(layer, name, rows=(heads if name == layout.query else kv_heads) * dim)
-        _resize(layer, layout.out, columns=heads * dim)
-        for name in layout.inner:
-            _resize(layer, name, rows=width)
-        _resize(layer, layout.down, columns=width)
-        set_heads(layer, layout, heads, kv_heads)
+    for layer, own in zip(layers_of(model, layout), sizes, strict=True):
+        shrink_layer(layer, layout, own)
+
+
+def shrink_layer(layer: nn.Module, layout: Layout, sizes: tuple[int, int, int]) -> None:
+    heads, kv_heads, width = sizes
+    dim = head_dim(layer, layout) if heads else 0
+    for name in (layout.query, layout.key, layout.value):
+        if heads:
+            _resize(layer, name, rows=(heads if name == layout.query else kv_heads) * dim)
+    _resize(layer, layout.out, columns=heads * dim)
+    for name in layout.inner:
+        _resize(layer, name, rows=width)
+    _resize(layer, layout.down, columns=width)
+    set_heads(layer, layout, heads, kv_heads)
 
 
 def set_heads(layer: nn.Module, layout: Layout, heads: int, kv_heads: int) -> None:

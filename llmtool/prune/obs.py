@@ -33,7 +33,6 @@ from llmtool.prune.units import Kept, Sublayer, all_units, columns, consumer_of
 BATCH, BATCH_LM = 16, 4  # a decoder has a vocabulary of logits per token, kept for the backward pass
 HELD_OUT = 5  # every fifth batch chooses ridges and exchange rates, and is then fitted too
 EXCHANGE = (1.0, 0.5, 2.0, 0.25, 4.0)
-GRADIENT_SHARE = 0.0  # of a token's weight that goes by its squared gradient: no better on held-out answers
 ROUNDS = ((0.3, 2),)  # budgets below a share take so many rounds; at 0.4 a second one changed nothing
 Progress = Callable[[str, float], None]
 
@@ -41,24 +40,12 @@ Progress = Callable[[str, float], None]
 @dataclass(slots=True)
 class Settings:
     """granularity: neurons come in multiples of it. uniform: the same sizes in every layer. rounds: None picks them
-    by the budget. gradient_share: see GRADIENT_SHARE. exchange: tried weights of attention's curves."""
+    by the budget. exchange: tried weights of attention's curves."""
 
     granularity: int = 1
     uniform: bool = False
     rounds: int | None = None
-    gradient_share: float = GRADIENT_SHARE
     exchange: Sequence[float] = EXCHANGE
-
-
-@dataclass(slots=True)
-class Calibration:
-    """Of one model: the batches, the loss's gradients, and each consumer's Gram matrix [in, in]."""
-
-    batches: list[Batch]
-    held_out: list[int]
-    gradients: Gradients
-    grams: list[Tensor]
-    weights: list[list[Tensor]]  # per batch and sublayer [B * S]
 
 
 @dataclass(slots=True)
@@ -70,67 +57,6 @@ class Result:
     kept: Kept
     fits: dict[str, Fit] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
-
-
-def calibrate(
-    loaded: Loaded,
-    model: nn.Module,
-    parts: list[Batch],
-    objective: Objective,
-    seed: int,
-    share: float,
-    progress: Callable[[float], None],
-) -> Calibration:
-    """One backward and one forward pass over the batches."""
-    sublayers = loaded.sublayers
-    held_out = list(range(HELD_OUT - 1, len(parts), HELD_OUT)) or [len(parts) - 1]
-    found = gradients(
-        model, loaded.layout, sublayers, parts, objective, seed, with_outputs=True,
-        progress=lambda f: progress(0.7 * f),
-    )  # fmt: skip
-    weights = [
-        [token_weights(part, squared, share) for squared in tokens]
-        for part, tokens in zip(parts, found.tokens, strict=True)
-    ]
-    grams = gram_matrices(loaded, model, parts, weights, lambda f: progress(0.7 + 0.3 * f))
-    return Calibration(parts, held_out, found, grams, weights)
-
-
-@torch.no_grad()
-def gram_matrices(
-    loaded: Loaded,
-    model: nn.Module,
-    parts: Sequence[Batch],
-    weights: Sequence[Sequence[Tensor]],
-    progress: Callable[[float], None] = lambda f: None,
-) -> list[Tensor]:
-    """Of each consumer the weighted mean of x x^T over tokens."""
-    device = next(model.parameters()).device
-    consumers = [consumer_of(model, loaded.layout, s) for s in loaded.sublayers]
-    grams = [torch.zeros(c.in_features, c.in_features, device=device) for c in consumers]
-    totals = [0.0] * len(consumers)
-    now: list[Sequence[Tensor]] = []
-
-    def watcher(i: int) -> Any:
-        def on_input(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x, w = inputs[0].flatten(0, 1).float(), now[0][i].to(device)
-            real = w > 0
-            x, w = x[real], w[real]
-            grams[i].addmm_((x * w[:, None]).T, x)
-            totals[i] += float(w.sum())
-
-        return on_input
-
-    hooks = [c.register_forward_pre_hook(watcher(i)) for i, c in enumerate(consumers)]
-    try:
-        for at, part in enumerate(parts):
-            now[:] = [weights[at]]
-            _forward(model, part, device)
-            progress((at + 1) / len(parts))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return [gram / max(total, 1e-30) for gram, total in zip(grams, totals, strict=True)]
 
 
 class Obs:
@@ -147,11 +73,9 @@ class Obs:
     ) -> None:
         self.loaded, self.objective, self.seed, self.settings = loaded, objective, seed, settings
         self.progress = progress
-        parts = batches(items, BATCH_LM if loaded.causal else BATCH, loaded.pad_id)
-        self.dense = calibrate(
-            loaded, loaded.model, parts, objective, seed, settings.gradient_share,
-            lambda f: progress("Calibrating", f),
-        )  # fmt: skip
+        self.batches = batches(items, BATCH_LM if loaded.causal else BATCH, loaded.pad_id)
+        self.held_out = list(range(HELD_OUT - 1, len(self.batches), HELD_OUT)) or [len(self.batches) - 1]
+        self.dense = self._calibrate(loaded.model, "Calibrating")
         self.answers = self._dense_answers()
         self.curves = self._curves(loaded.model, self.dense, all_units(loaded.sublayers))
 
@@ -171,23 +95,27 @@ class Obs:
         for turn in range(1, rounds + 1):
             limits = budget.eased(turn / rounds).absolute(costs, loaded.sublayers)
             if turn > 1:
-                calibration = calibrate(
-                    loaded, student, self.dense.batches, self.objective, self.seed, settings.gradient_share,
-                    partial(self.progress, f"Calibrating, round {turn}"),
-                )  # fmt: skip
+                calibration = self._calibrate(student, f"Calibrating, round {turn}")
                 curves = self._curves(student, calibration, kept)
             kept, rate = self._allocate(student, calibration, curves, limits, costs)
             rates.append(rate)
             fits = self._compensate(student, kept)
         return Result(student, kept, fits, {"exchange_rates": rates, "rounds": rounds})
 
+    def _calibrate(self, model: nn.Module, what: str) -> Gradients:
+        """One forward and one backward pass over the batches."""
+        return gradients(
+            model, self.loaded.layout, self.loaded.sublayers, self.batches, self.objective, self.seed,
+            with_moments=True, progress=partial(self.progress, what),
+        )  # fmt: skip
+
     # -- sizes -----------------------------------------------------------------------------------------------
 
-    def _curves(self, model: nn.Module, calibration: Calibration, kept: Kept) -> list[list[Option]]:
+    def _curves(self, model: nn.Module, calibration: Gradients, kept: Kept) -> list[list[Option]]:
         found = []
         for i, s in enumerate(self.loaded.sublayers):
             weight = consumer_of(model, self.loaded.layout, s).weight
-            outputs = calibration.gradients.outputs[i]
+            outputs = calibration.outputs[i]
             found.append(curve(s, calibration.grams[i], weight, outputs, kept[i], self.settings.granularity))
             self.progress("Curves", (i + 1) / len(self.loaded.sublayers))
         return found
@@ -195,7 +123,7 @@ class Obs:
     def _allocate(
         self,
         student: nn.Module,
-        calibration: Calibration,
+        calibration: Gradients,
         curves: list[list[Option]],
         limits: Mapping[str, float],
         costs: CostModel,
@@ -220,8 +148,8 @@ class Obs:
     def _dense_answers(self) -> dict[int, Tensor]:
         model, found = self.loaded.model, {}
         device = next(model.parameters()).device
-        for at in self.dense.held_out:
-            part = self.dense.batches[at].to(device)
+        for at in self.held_out:
+            part = self.batches[at].to(device)
             found[at] = self.objective.answers(_forward(model, part, device), part)
         return found
 
@@ -229,7 +157,7 @@ class Obs:
     def _divergence(self, model: nn.Module) -> float:
         device, total = next(model.parameters()).device, 0.0
         for at, dense in self.answers.items():
-            part = self.dense.batches[at].to(device)
+            part = self.batches[at].to(device)
             other = self.objective.answers(_forward(model, part, device), part)
             total += divergence(self.objective.head, dense, other, part.inputs)
         return total
@@ -238,7 +166,7 @@ class Obs:
 
     def _compensate(self, student: nn.Module, kept: Kept) -> dict[str, Fit]:
         """Zero what is not kept, and refit the rest from the bottom up."""
-        loaded, dense = self.loaded, self.dense
+        loaded = self.loaded
         erase(loaded, student, kept)
         fits: dict[str, Fit] = {}
 
@@ -252,8 +180,8 @@ class Obs:
             fits[sublayer.name] = found
 
         side_by_side(
-            loaded.model, student, loaded.layout, loaded.sublayers, dense.batches, dense.held_out, kept, solve,
-            lambda b, s, batch, shape: dense.weights[b][s.index],
+            loaded.model, student, loaded.layout, loaded.sublayers, self.batches, self.held_out, kept, solve,
+            lambda b, s, batch, shape: token_weights(batch, shape),
             lambda f: self.progress("Compensating", f),
         )  # fmt: skip
         return fits

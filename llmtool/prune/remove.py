@@ -13,7 +13,7 @@ from llmtool.errors import ModelError
 from llmtool.prune.batches import Batch
 from llmtool.prune.masks import binary_masks, masked
 from llmtool.prune.model import Loaded
-from llmtool.prune.modeling import Layout, layers_of, shrink
+from llmtool.prune.modeling import Layout, layers_of, shrink_layer
 from llmtool.prune.objective import Objective
 from llmtool.prune.units import Kept, Sublayer, columns, kv_heads_of
 
@@ -24,23 +24,27 @@ TOLERANCE = 1e-4  # of the masked and the small model's answers, relative
 def remove(loaded: Loaded, model: Any, kept: Kept) -> Any:
     """`model` (of the dense shapes) without the units that are not kept. The original is left as it is."""
     small = copy.deepcopy(model)
-    sizes, slices = [], []
-    for layer, (attention, mlp) in enumerate(_pairs(loaded.sublayers)):
-        heads, neurons = kept[attention.index], kept[mlp.index]
-        kv_heads = kv_heads_of(attention, heads)
-        sizes.append((len(heads), len(kv_heads), len(neurons)))
-        block = layers_of(model, loaded.layout)[layer]
-        slices.append(_slices(block, loaded.layout, attention, mlp, heads, kv_heads, neurons))
-    shrink(small, loaded.family, sizes)
-    for block, parts in zip(layers_of(small, loaded.layout), slices, strict=True):
-        for name, (weight, bias) in parts.items():
-            module = _find(block, name)
-            if module is None:  # projections of an attention that has no heads
-                continue
-            module.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-            if bias is not None:
-                module.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
+    for layer, (attention, mlp) in zip(
+        layers_of(small, loaded.layout), _pairs(loaded.sublayers), strict=True
+    ):
+        cut_layer(layer, loaded.layout, attention, mlp, kept)
     return small.eval()
+
+
+@torch.no_grad()
+def cut_layer(layer: nn.Module, layout: Layout, attention: Sublayer, mlp: Sublayer, kept: Kept) -> None:
+    """A layer of the dense shapes without the units that are not kept, in place."""
+    heads, neurons = kept[attention.index], kept[mlp.index]
+    kv_heads = kv_heads_of(attention, heads)
+    parts = _slices(layer, layout, attention, mlp, heads, kv_heads, neurons)
+    shrink_layer(layer, layout, (len(heads), len(kv_heads), len(neurons)))
+    for name, (weight, bias) in parts.items():
+        module = _find(layer, name)
+        if module is None:  # projections of an attention that has no heads
+            continue
+        module.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if bias is not None:
+            module.bias = nn.Parameter(bias.contiguous(), requires_grad=False)
 
 
 def sizes_after(sublayers: Sequence[Sublayer], kept: Kept) -> list[tuple[int, int, int]]:

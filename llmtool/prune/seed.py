@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from llmtool.errors import InfeasibleError, UsageError
-from llmtool.prune.batches import Batch, Item, in_order
+from llmtool.prune.batches import Batch, Item, batches
 from llmtool.prune.budget import Budget
-from llmtool.prune.calibrate import gradients
+from llmtool.prune.calibrate import gradients, token_weights
 from llmtool.prune.cost import CostModel
-from llmtool.prune.layerwise import Moments, side_by_side
+from llmtool.prune.layerwise import Enough, Moments, side_by_side
 from llmtool.prune.model import Loaded
 from llmtool.prune.objective import Objective
 from llmtool.prune.obs import BATCH_LM, Result, erase
@@ -29,6 +29,7 @@ from llmtool.prune.paper import (
     search_macs,
     solve_scales,
 )
+from llmtool.prune.remove import remove
 from llmtool.prune.units import Kept, Sublayer, all_units, columns, consumer_of
 
 Progress = Callable[[str, float], None]
@@ -45,19 +46,23 @@ class Paper:
         objective: Objective,
         seed: int,
         progress: Progress = lambda what, fraction: None,
+        masks: Sequence[Tensor] | None = None,
     ) -> None:
+        """masks: the loss's gradients by masks [samples, units] of each sublayer, where they are known already."""
         self.loaded, self.objective, self.progress = loaded, objective, progress
         size = BATCH_QA if loaded.head == "qa" else BATCH
-        # Samples' gradients are apart, so a decoder, with its many logits per token, can go in small steps.
-        self.batches = in_order(items, BATCH_LM if loaded.causal else size, loaded.pad_id)
-        found = gradients(
-            loaded.model, loaded.layout, loaded.sublayers, self.batches, objective, seed,
-            progress=lambda f: progress("Fisher information", f),
-        )  # fmt: skip
+        # Samples' gradients are apart: they can go by length, a decoder's in small steps, and only their means are
+        # taken over the mini-batches as drawn.
+        self.batches = batches(items, BATCH_LM if loaded.causal else size, loaded.pad_id)
+        if masks is None:
+            masks = gradients(
+                loaded.model, loaded.layout, loaded.sublayers, self.batches, objective, seed,
+                progress=lambda f: progress("Fisher information", f),
+            ).masks  # fmt: skip
         # [samples, units] of each sublayer; a group's gradient is the sum of its heads'.
         per_sample = [
             g.unflatten(1, (s.num_groups, s.group)).sum(2)
-            for g, s in zip(found.masks, loaded.sublayers, strict=True)
+            for g, s in zip(masks, loaded.sublayers, strict=True)
         ]
         self.means = [torch.stack([part.mean(0) for part in g.split(size)]) for g in per_sample]
         self.fisher = [fisher_of_batches(g, size).double().numpy() for g in per_sample]
@@ -76,8 +81,7 @@ class Paper:
             )
         budget.absolute(costs, loaded.sublayers)
         ((kind, share),) = budget.shares.items()
-        teacher = copy.deepcopy(loaded.model)
-        erase(loaded, teacher, self._units(self._search(kind, share**0.5, costs)))
+        teacher = remove(loaded, loaded.model, self._units(self._search(kind, share**0.5, costs)))
         masks = self._rearranged(self._search(kind, share, costs))
         kept = self._units(masks)
         erase(loaded, student, kept)
@@ -138,12 +142,13 @@ class Paper:
     def _tune(self, teacher: nn.Module, student: nn.Module, kept: Kept) -> int:
         """Section 4.3, and how many sublayers were tuned: the first failure ends it, and the first layer's
         attention is left alone, both as released."""
-        loaded, state = self.loaded, {"going": True, "tuned": 0}
+        loaded, tuned = self.loaded, 0
         first_token = loaded.head in ("classification", "regression")
         last = loaded.sublayers[-1].layer
 
         def solve(s: Sublayer, fit: Moments, held_out: Moments) -> None:
-            if not state["going"] or not kept[s.index] or (s.layer == 0 and s.kind == "attention"):
+            nonlocal tuned
+            if not kept[s.index] or (s.layer == 0 and s.kind == "attention"):
                 return
             consumer = consumer_of(student, loaded.layout, s)
             at = columns(s, kept[s.index]).to(consumer.weight.device)
@@ -156,14 +161,13 @@ class Paper:
                 normal, right = neuron_system(moments, weight, consumer.bias)
             scales = solve_scales(normal.cpu(), right.cpu(), len(at) // dim)
             if scales is None:
-                state["going"] = False
-                return
+                raise Enough
             wide = scales.to(weight.device, weight.dtype).repeat_interleave(dim)
             consumer.weight[:, at] = weight * wide
-            state["tuned"] += 1
+            tuned += 1
 
         def tokens(b: int, s: Sublayer, batch: Batch, shape: tuple[int, int]) -> Tensor:
-            real = torch.ones(shape) if batch.tokens is None else batch.tokens.float()
+            real = token_weights(batch, shape).view(shape)
             if first_token and s.kind == "mlp" and s.layer == last:
                 real = torch.zeros_like(real)
                 real[:, 0] = 1.0
@@ -173,7 +177,7 @@ class Paper:
             teacher, student, loaded.layout, loaded.sublayers, self.batches, (), kept, solve, tokens,
             lambda f: self.progress("Tuning masks", f),
         )  # fmt: skip
-        return int(state["tuned"])
+        return tuned
 
 
 def _interleaved(heads: Floats, neurons: Floats) -> list[Tensor]:

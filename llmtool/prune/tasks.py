@@ -1,12 +1,13 @@
 """Labelled data by name or from a file: GLUE and SQuAD from a local copy or the hub; TSV, CSV and JSONL.
 
-Everything is read by `datasets`. A local copy of GLUE, in its own files (SST-2/train.tsv, ...), is looked for
-under $LLMTOOL_DATA/glue before the hub is asked.
+Tables are read by `datasets`. A local copy in the data's own files is looked for before the hub is asked: GLUE
+under $LLMTOOL_DATA/glue (SST-2/train.tsv, ...), SQuAD under $LLMTOOL_DATA/squad (train-v1.1.json, ...).
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,19 +106,21 @@ def task_of(name: str) -> Task:
 def load_task(task: Task, split: str) -> list[Row]:
     """Rows of a split (train or dev). Raises UsageError when it is neither on this machine nor to be had."""
     local = _local(task, split)
-    if local is not None:
-        assert task.files is not None
+    if local is not None and task.files is None:
+        return _squad_rows(local)
+    if local is not None and task.files is not None:
         return _rows_of_files(task, task.files, local)
     import datasets
+    import huggingface_hub
 
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries; the error below says it once
     name, configuration = task.hub
     try:
         table = datasets.load_dataset(name, configuration, split=task.splits[split])
     except Exception as e:  # the hub's client raises many kinds, of which none says what to do
-        wanted = task.files.directory if task.files else name
         raise UsageError(
             f"The data of {task.name} cannot be had: {_first_line(e)}",
-            f"Put its files under $LLMTOOL_DATA/glue/{wanted}, check the network, or give a file with --data.",
+            f"Put it at $LLMTOOL_DATA/{_path(task, split)}, check the network, or give a file with --data.",
         ) from e
     if task.kind == "qa":
         return [_squad_row(row) for row in table]
@@ -150,11 +153,37 @@ def load_file(path: str | Path) -> list[Row]:
 
 
 def _local(task: Task, split: str) -> Path | None:
-    if task.files is None:
-        return None
-    name = task.files.dev if split == "dev" else f"{split}.tsv"
-    path = Path(os.environ.get("LLMTOOL_DATA", "../shared/data")) / "glue" / task.files.directory / name
+    path = Path(os.environ.get("LLMTOOL_DATA", "../shared/data")) / _path(task, split)
     return path if path.is_file() else None
+
+
+def _path(task: Task, split: str) -> Path:
+    if task.files is None:
+        version = "v2.0" if task.name == "squad_v2" else "v1.1"
+        return Path("squad") / f"{split}-{version}.json"
+    return Path("glue") / task.files.directory / (task.files.dev if split == "dev" else f"{split}.tsv")
+
+
+def _squad_rows(path: Path) -> list[Row]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))["data"]
+        return [
+            _squad_row(
+                qa
+                | {
+                    "context": paragraph["context"],
+                    "answers": {key: [a[key] for a in qa["answers"]] for key in ("text", "answer_start")},
+                }
+            )
+            for article in data
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(
+            f"{path} is not a file of SQuAD: {_first_line(e)}",
+            "Put the one of its authors there, or remove it.",
+        ) from e
 
 
 def _rows_of_files(task: Task, files: Files, path: Path) -> list[Row]:

@@ -14,7 +14,7 @@ from tokenizers.models import WordLevel
 
 from llmtool.errors import UsageError
 from llmtool.prune import data
-from llmtool.prune.batches import Item, batches, in_order, sample
+from llmtool.prune.batches import Item, batches, sample
 from llmtool.prune.budget import Budget
 from llmtool.prune.cost import CostModel
 from llmtool.prune.encode import encode_answers, encode_blocks
@@ -168,7 +168,6 @@ def test_batches_are_alike_in_length_and_cover_all() -> None:
     assert [b.indices for b in made] == [(1, 4), (3, 0), (5, 2)]
     assert made[1].inputs["input_ids"].tolist() == [[1, 1, 1, 4, 4], [1] * 5]
     assert made[1].inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1] * 5]
-    assert [b.indices for b in in_order(items, 4)] == [(0, 1, 2, 3), (4, 5)]
     assert list(sample(range(100), 5, 1)) == list(sample(range(100), 5, 1)) != list(sample(range(100), 5, 2))
 
 

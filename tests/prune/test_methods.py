@@ -14,13 +14,15 @@ import pytest
 import torch
 
 from llmtool.errors import InfeasibleError, ModelError, UsageError
+from llmtool.models.resolve import resolve
 from llmtool.prune.baselines import METHODS, Baseline
 from llmtool.prune.batches import batches
 from llmtool.prune.budget import Budget
+from llmtool.prune.calibrate import gradients, token_weights
 from llmtool.prune.config import PruneConfig, parse_sweep
 from llmtool.prune.cost import CostModel, LatencyTable
 from llmtool.prune.layerwise import Moments, side_by_side
-from llmtool.prune.model import Loaded
+from llmtool.prune.model import Loaded, find
 from llmtool.prune.objective import Objective
 from llmtool.prune.obs import Obs, Settings, erase
 from llmtool.prune.pipeline import Run
@@ -132,13 +134,48 @@ def test_an_unpruned_student_needs_no_compensation(name: str, tiny: Tiny) -> Non
         both = fit.merged(held_out)
         seen.append(both.error(consumer.weight, consumer.bias) / (both.yy / both.weight))
 
-    def weights(b: int, s: Sublayer, batch: Any, shape: tuple[int, int]) -> torch.Tensor:
-        return torch.ones(shape).flatten() if batch.tokens is None else batch.tokens.float().flatten()
-
-    kept = all_units(loaded.sublayers)
-    side_by_side(loaded.model, student, loaded.layout, loaded.sublayers, parts, [1], kept, solve, weights)
+    side_by_side(
+        loaded.model, student, loaded.layout, loaded.sublayers, parts, [1], all_units(loaded.sublayers), solve,
+        lambda b, s, batch, shape: token_weights(batch, shape),
+    )  # fmt: skip
     assert len(seen) == len(loaded.sublayers)
     assert max(seen) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "llama", "vit"])
+def test_side_by_side_sees_what_the_pruned_model_reads(name: str, tiny: Tiny) -> None:
+    """Layers are run without pruned units, up to consumers, as in the whole model with columns zeroed."""
+    loaded = tiny(name)
+    student = copy.deepcopy(loaded.model)
+    kept = tuple(
+        tuple(range(0 if s.layer == 1 and s.kind == "mlp" else s.num_units - 2 * s.group))
+        for s in loaded.sublayers
+    )
+    erase(loaded, student, kept)
+    parts = batches(items_of(loaded), 8)
+    expected = gradients(
+        student, loaded.layout, loaded.sublayers, parts, Objective(loaded.head, False), 0, with_moments=True
+    ).grams
+
+    def solve(s: Sublayer, fit: Moments, held_out: Moments) -> None:
+        both, at = fit.merged(held_out), columns(s, kept[s.index])
+        torch.testing.assert_close(both.xx / both.weight, expected[s.index][at][:, at], rtol=1e-3, atol=1e-4)
+
+    side_by_side(
+        loaded.model, student, loaded.layout, loaded.sublayers, parts, [1], kept, solve,
+        lambda b, s, batch, shape: token_weights(batch, shape),
+    )  # fmt: skip
+
+
+def test_the_paper_takes_gradients_that_are_known(tiny: Tiny) -> None:
+    loaded = tiny("distilbert")
+    known = method_of("obs", loaded).dense.masks
+    costs, budget = CostModel(loaded.shape(10)), Budget({"flops": 0.5})
+    own = method_of("paper", loaded)
+    other = Paper(loaded, items_of(loaded), Objective("classification", True), 0, masks=known)
+    for a, b in zip(own.fisher, other.fisher, strict=True):
+        torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b), rtol=1e-4, atol=1e-9)
+    assert own.prune(budget, costs).kept == other.prune(budget, costs).kept
 
 
 @pytest.mark.parametrize("name", ["distilbert", "llama"])
@@ -248,6 +285,21 @@ def test_a_family_without_an_adapter_names_what_to_write(tmp_path: Path) -> None
     (tmp_path / "m" / "config.json").write_text('{"model_type": "t5", "architectures": ["T5Model"]}')
     with pytest.raises(ModelError, match=r"no adapter for the family 't5'.*Layout"):
         Run(config_of(tmp_path / "m", tmp_path / "out")).execute()
+
+
+def test_names_of_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find("minilm") == resolve("minilm")  # the one that is served under this name, no hub
+    with pytest.raises(ModelError, match=r"alias .*smollm2-135m.*distilbert"):
+        find("bertt")
+    monkeypatch.setattr("llmtool.prune.model.resolve", _no_hub)
+    with pytest.raises(
+        ModelError, match=r"bert is google-bert/bert-base-uncased on the hub.*give its directory"
+    ):
+        find("bert")
+
+
+def _no_hub(name: str) -> Path:
+    raise ModelError(f"{name} cannot be fetched.")
 
 
 def test_sweeps_as_they_are_typed() -> None:
