@@ -188,8 +188,8 @@ __attribute__((noinline)) void finish_rows(const Linear &op, int64_t row, int64_
     for (int64_t m = 0; m < rows; m++) write(row + m, acc[m][0], acc[m][1]);
 }
 
-// ROWS rows that decode the panel on its way, `next` being the panel after it. kept: room for the whole panel decoded,
-// or null. Functions of their own: one with all of them inside is too big for GCC to keep sums in registers.
+// ROWS rows that decode the panel on its way. kept: room for the whole panel decoded, or null. next: the panel to fetch
+// meanwhile, or null. Functions of their own: one with all of them inside is too big for GCC to keep sums in registers.
 template <int ROWS>
 __attribute__((noinline)) void compact_block(const Linear &op, int64_t row, int64_t panel, const uint8_t *next,
                                              uint16_t *kept) {
@@ -200,6 +200,8 @@ __attribute__((noinline)) void compact_block(const Linear &op, int64_t row, int6
     Accumulators<Bfloat16, ROWS> acc = {};
     if (kept != nullptr)
         compact_tile_through<ROWS>(x, op.x_stride, w, units, kept, units, acc, NoFetch());
+    else if (next == nullptr)
+        compact_tile_through<ROWS>(x, op.x_stride, w, units, chunk, CHUNK, acc, NoFetch());
     else
         compact_tile_through<ROWS>(x, op.x_stride, w, units, chunk, CHUNK, acc, FetchCompact{next});
     finish_rows(op, row, ROWS, panel, acc);
@@ -225,15 +227,20 @@ void compact_task(const Linear &op, int64_t first, int64_t last, int64_t panel, 
     if (rows == 2) return compact_rows<2>(op, first, panel, next_panel);
     if (rows == 3) return compact_rows<3>(op, first, panel, next_panel);
     const uint8_t *next = panel_data(op.weight, next_panel < 0 ? panel : next_panel);
-    uint16_t *decoded = nullptr;
-    int64_t block = rows;
-    if (rows > THROUGH_ROWS) {
-        decoded = room_for_panel(op.weight);
-        block = rows <= 2 * THROUGH_ROWS ? (rows + 1) / 2 : THROUGH_ROWS;
+    auto decode = [&](int64_t row, int64_t count, const uint8_t *fetched, uint16_t *kept) {
+        with_rows<THROUGH_ROWS>(count, [&](auto constant) {
+            compact_block<decltype(constant)::value>(op, row, panel, fetched, kept);
+        });
+    };
+    if (rows <= THROUGH_ROWS) return decode(first, rows, next, nullptr);
+    if (rows <= MAX_TILE_ROWS) {  // decoding twice is less than bringing what is decoded back
+        const int64_t half = (rows + 1) / 2;
+        decode(first, half, nullptr, nullptr);
+        return decode(first + half, rows - half, next, nullptr);
     }
-    with_rows<THROUGH_ROWS>(block, [&](auto constant) {
-        compact_block<decltype(constant)::value>(op, first, panel, next, decoded);
-    });
+    uint16_t *decoded = room_for_panel(op.weight);
+    const int64_t block = std::min<int64_t>(THROUGH_ROWS, rows - MAX_TILE_ROWS);
+    decode(first, block, nullptr, decoded);
     for_blocks(first + block, last, [&](auto constant, int64_t row, bool is_last) {
         decoded_block<decltype(constant)::value>(op, row, panel, is_last ? next : nullptr, decoded);
     });
