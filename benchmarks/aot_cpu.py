@@ -2,7 +2,8 @@
 
 - nets at batch 1, tiny and full: what leaving the framework out of the way gives;
 - SmolLM2-135M's decoding step (its shapes, random weights, 256 tokens of context), in float32 and bfloat16;
-- the same step as `serve` runs it, one call into the C++ list of operations, against torch's operators.
+- the same step as `serve` runs it, one call into the C++ list of operations, against torch's operators, and against
+  the step before, eager and through torch.compile.
 
 python benchmarks/aot_cpu.py [--seconds 4] [--threads 2] [--quick] [--save]
 """
@@ -91,7 +92,8 @@ def decoder(dtype: torch.dtype, seconds: float) -> dict[str, Any]:
 
 
 def served(seconds: float, context: int) -> dict[str, Any]:
-    """The engine's model step and logits on the C++ operations and on torch's, the embedded SmolLM2 in bfloat16."""
+    """The engine's model step and logits on the C++ operations and on torch's, the embedded SmolLM2 in bfloat16;
+    and a step of the same shapes and context as a plain module."""
     runs: dict[str, Callable[[], object]] = {}
     ids, positions = torch.tensor([100]), torch.tensor([context])
     for kind in ("native", "off"):
@@ -105,11 +107,16 @@ def served(seconds: float, context: int) -> dict[str, Any]:
         runs["program" if kind == "native" else "torch operators"] = (
             lambda model=model, kv=kv: model.logits(model.forward(ids, positions, kv))  # type: ignore[misc]
         )
-    with torch.inference_mode():
+    net = build("decoder", 1)
+    module, inputs = net.module.to(torch.bfloat16), net.inputs(1)
+    runs["module, eager"] = lambda: module(*inputs)
+    with torch.no_grad():
+        runs["module, torch.compile"] = compiled(module, inputs, "default")
+    with torch.no_grad():
         times = side_by_side(runs, seconds, CPU)
     return {
         "ms": {k: 1e3 * s for k, s in times.items()},
-        "ratio": times["torch operators"] / times["program"],
+        "program_over": {k: s / times["program"] for k, s in times.items() if k != "program"},
     }
 
 

@@ -19,6 +19,8 @@ from llmtool.errors import UsageError
 
 T = TypeVar("T")
 ENV_PREFIX = "LLMTOOL_"
+# Tokens of a step that a GPU captures ahead of time: larger ones keep the device busy by themselves.
+MAX_CAPTURED_TOKENS = 256
 # Variables with the prefix that are not settings.
 ENV_RESERVED = {
     "LLMTOOL_DEBUG",

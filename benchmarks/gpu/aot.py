@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[2] / part) for part in (".", "kernels")]
 
 import decode  # noqa: E402
+import targets  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from measure import RESULTS, Budget, reason, save, synchronized, table  # noqa: E402
@@ -34,9 +36,12 @@ from llmtool.modelspec import ModelSpec  # noqa: E402
 from llmtool.runtime.aot.cost import SyncCost  # noqa: E402
 from llmtool.runtime.aot.cuda import CudaRuntime  # noqa: E402
 from llmtool.runtime.aot.executor import AotExecutor  # noqa: E402
-from llmtool.runtime.aot.steps import CudaCapture  # noqa: E402
+from llmtool.runtime.aot.steps import Capture, CudaCapture  # noqa: E402
 
-NETS = ("distilbert", "bert", "mobilenet", "efficientnet", "inception", "nasnet", "moe", "resnet", "decoder")
+NETS = (
+    *("distilbert", "bert", "mobilenet", "efficientnet", "inception", "nasnet", "decoder-0.6b"),
+    *("moe", "resnet", "decoder"),
+)
 TRAINING = ("resnet", "mobilenet", "efficientnet")
 LAUNCHES = 256
 
@@ -133,8 +138,23 @@ def training(name: str, tiny: bool, device: torch.device, seconds: float) -> dic
     }
 
 
-def engine(dry_run: bool, device: torch.device, budget: Budget) -> list[dict[str, Any]]:
-    """A decoding step of the engine, captured and eager."""
+class Timed:
+    """A capture that notes its seconds."""
+
+    def __init__(self, capture: Capture, seconds: list[float]) -> None:
+        self._capture, self._seconds = capture, seconds
+
+    def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
+        started = time.perf_counter()
+        made = self._capture(step)
+        self._seconds.append(time.perf_counter() - started)
+        return made
+
+
+def engine(
+    dry_run: bool, device: torch.device, budget: Budget, captures: list[float]
+) -> list[dict[str, Any]]:
+    """A decoding step of the engine, captured and eager. captures: gets the seconds of each capture."""
     shape = "tiny" if dry_run else "1B"
     dtype = torch.float32 if dry_run else torch.bfloat16
     spec = ModelSpec.from_config({**decode.COMMON, **decode.SHAPES[shape]})
@@ -146,7 +166,7 @@ def engine(dry_run: bool, device: torch.device, budget: Budget) -> list[dict[str
         load = decode.Load(batch, 20, 3, 5) if dry_run else decode.Load(batch, 512, 16, 80)
         runs = {
             "captured_ms": lambda load=load: decode.engine_run(
-                model, load, None if dry_run else CudaCapture(device)
+                model, load, None if dry_run else Timed(CudaCapture(device), captures)
             ),
             "eager_ms": lambda load=load: decode.engine_run(model, load),
         }
@@ -192,8 +212,12 @@ def main(dry_run: bool, budget: Budget, directory: Path) -> dict[str, Any]:
             except Exception as error:
                 data["training"].append({"net": name, "failed": reason(error)})
     table("training, batch 32 on CIFAR shapes", data["training"])
-    data["engine"] = engine(dry_run, device, budget)
+    captures: list[float] = []
+    data["engine"] = engine(dry_run, device, budget, captures)
     table("engine, ms a decoding step", data["engine"])
+    data["capture_seconds"] = captures
+    data["targets"] = targets.of_nets(data["nets"], data["training"], captures)
+    table("targets", data["targets"])
     save("aot", {**data, "left_out": budget.left_out}, directory)
     return data
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import targets
 import torch
 import torch.nn.functional as F
 from llmtool_kernels.attention import UNIT, AttentionBatch, KVLayout, paged_attention
@@ -198,7 +199,15 @@ def main(dry_run: bool, budget: Budget, directory: Path) -> list[dict[str, Any]]
                 rows.append(measure(case, device, copy, budget, flex))
         after = copy_bandwidth(device, 2**16 if dry_run else 2**31)
     table(f"attention; a copy moves {copy / 1e12:.3f} TB/s before, {after / 1e12:.3f} after", rows)
-    data = {"copy_bytes_per_s": [copy, after], "rows": rows, "left_out": budget.left_out, "dry_run": dry_run}
+    verdicts = targets.of_attention(rows)
+    table("targets", verdicts)
+    data = {
+        "targets": verdicts,
+        "copy_bytes_per_s": [copy, after],
+        "rows": rows,
+        "left_out": budget.left_out,
+        "dry_run": dry_run,
+    }
     save("attention", data, directory)
     return rows
 

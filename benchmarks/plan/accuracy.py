@@ -1,15 +1,17 @@
 """How far predictions are from measured runs; and, with --fit, the engines' constants.
 
 python benchmarks/plan/accuracy.py [--data DIR] [--fit] [--only apex silicon per_request] [--processes 2]
+    [--apex DIR ...] [--silicon FILE.csv.gz ...] [--per-request DIR PROFILES]
 
 DIR holds apex_measured/, aiconfigurator/silicon_sample.csv.gz, llmservingsim_bench/ and llmservingsim_profile/; any
-files of these formats will do (cases.py). Kernel times are the built-in packs', except per request, where they
-are the card's own layer profile. Constants come from llmtool/sim/engines.toml, and were fitted (--fit) on
+files of these formats will do, given one by one (cases.py). Kernel times are the built-in packs', except per
+request, where they are the card's own layer profile. Constants come from llmtool/sim/engines.toml, and were fitted
+(--fit) on
   vllm-0.6: two runs of APEX, FIT_APEX below; every other run is held out
   vllm, sglang, trtllm: of each engine's silicon rows, half of the configurations (model, device, lengths, plan),
   by a
     hash of the configuration; of those, FIT_ROWS rows. The other half is held out, and scored apart.
-Nothing is fitted on the per-request runs.
+Nothing is fitted on the per-request runs: no constant of any engine is in them (UNCORRECTED).
 """
 
 from __future__ import annotations
@@ -45,6 +47,13 @@ DATA = Path(os.environ.get("LLMTOOL_DATA", "../shared/data")) / "plan-truth"
 ENGINES = Path(__file__).parents[2] / "llmtool" / "sim" / "engines.toml"
 FIT_APEX = ("llama_lmsys_05_validation_8TP", "llama_creation_05_validation_2DP4TP_1")
 FIT_ROWS = 10
+# A run against the profile of its own card, taken inside the same engine: nothing to correct. Its moments are the
+# engine's own, not a client's; and that version prepares a step while the one before runs, so that of a host's time
+# nothing is left of steps this long (20 ms and more).
+UNCORRECTED = {
+    "host_step": 0.0, "host_seq": 0.0, "compute": 1.0, "memory": 1.0, "network": 1.0, "attention": 1.0,
+    "request": 0.0,
+}  # fmt: skip
 # What each profile is fitted on: (engine, device or "" for any, model).
 FITS = {
     "vllm@h100": ("vllm", "h100", "llama-3.1-70b"),
@@ -104,10 +113,10 @@ def write_engines(profiles: dict[str, EngineProfile]) -> None:
 
 
 def score(case: Case) -> dict[str, Any] | None:
-    engine = find_engine(case.engine, case.device)
-    if case.source == "per_request":
-        engine = replace(engine, request=0.0)  # its moments are the engine's own, not a client's
     try:
+        engine = find_engine(case.engine, case.device)
+        if case.source == "per_request":
+            engine = replace(engine, **UNCORRECTED)
         result = case.run(engine)
     except LLMToolError as error:
         return {"id": case.id, "failed": error.message, **about(case)}
@@ -225,34 +234,58 @@ def _degrees(plan: str) -> list[str]:
     return ["".join(c for c in w if c.isdigit()) for w in words if any(c.isdigit() for c in w)] or ["1"]
 
 
+def read_cases(args: argparse.Namespace, thin: bool = True) -> list[Case]:
+    """Of the files that are given; of --data where none is. thin: as --every says."""
+    given = any((args.apex, args.silicon, args.per_request))
+    data: Path = args.data
+    runs = args.apex if given else [data / "apex_measured"]
+    files = args.silicon if given else [data / "aiconfigurator" / "silicon_sample.csv.gz"]
+    benches = args.per_request if given else [data / "llmservingsim_bench", data / "llmservingsim_profile"]
+    cases: list[Case] = []
+    if "apex" in args.only:
+        cases += [c for directory in runs for c in apex(directory)]
+    if "silicon" in args.only:
+        rows = [c for file in files for c in silicon(file)]
+        chosen = [c for c in rows if re.search(args.match, f"{c.id} {c.model} {c.engine} {c.device}")]
+        every = args.every if thin else 1
+        cases += [c for i, c in enumerate(chosen) if i % every == 0 or _whole(args.whole, c)]
+    if "per_request" in args.only and benches:
+        cases += per_request(*benches)
+    return cases
+
+
+def _whole(pattern: str, case: Case) -> bool:
+    return bool(pattern) and re.search(pattern, f"{case.id} {case.model} {case.engine}") is not None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--apex", type=Path, nargs="*", default=[], help="folders like apex_measured")
+    parser.add_argument(
+        "--silicon", type=Path, nargs="*", default=[], help="files like silicon_sample.csv.gz"
+    )
+    parser.add_argument("--per-request", type=Path, nargs=2, default=[], help="runs and layer profiles")
     parser.add_argument("--fit", action="store_true")
     parser.add_argument("--fit-only", nargs="*", default=[], help="profiles to fit, such as vllm@h100")
     parser.add_argument("--only", nargs="*", default=["apex", "silicon", "per_request"])
     parser.add_argument("--every", type=int, default=1, help="score every n-th silicon row")
+    parser.add_argument("--whole", default="", help="whatever --every says, every row whose id matches")
     parser.add_argument("--match", default="", help="score silicon rows whose id matches this expression")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("-o", "--output", default="accuracy")
     args = parser.parse_args()
-    cases: list[Case] = []
-    if "apex" in args.only and (args.data / "apex_measured").exists():
-        cases += apex(args.data / "apex_measured")
-    if "silicon" in args.only:
-        rows = list(silicon(args.data / "aiconfigurator" / "silicon_sample.csv.gz"))
-        cases += [c for c in rows if re.search(args.match, f"{c.id} {c.model} {c.engine} {c.device}")][
-            :: args.every
-        ]
-    if "per_request" in args.only and (args.data / "llmservingsim_bench").exists():
-        cases += per_request(args.data / "llmservingsim_bench", args.data / "llmservingsim_profile")
     if args.fit:
-        fit(cases, args.fit_only)
+        fit(read_cases(args, thin=False), args.fit_only)
+    cases = read_cases(args)
+    if not cases:
+        raise SystemExit("No case of these files can be told.")
     with ProcessPoolExecutor(args.processes) as pool:
         scored = [r for r in pool.map(score, cases, chunksize=4) if r is not None]
     report = {
         "summaries": summaries(scored),
         "choices": choices(scored),
+        "silicon_rows": {"every": args.every, "whole": args.whole, "match": args.match},
         "engines": {k: {f: getattr(p, f) for f in (*FITTED, "source")} for k, p in load_engines().items()},
     }
     print(json.dumps(report["summaries"], indent=1))

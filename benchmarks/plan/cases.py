@@ -27,7 +27,7 @@ from llmtool.sim.deployment import Deployment
 from llmtool.sim.engines import EngineProfile
 from llmtool.sim.grid import Tables
 from llmtool.sim.ir import ModelIR, read_ir
-from llmtool.sim.ops import Ops, load_pack
+from llmtool.sim.ops import WEIGHT_BYTES, Ops, load_pack
 from llmtool.sim.parallel import ParallelPlan, why_invalid
 from llmtool.sim.profile import import_profile
 from llmtool.sim.simulate import SimResult, simulate
@@ -156,7 +156,7 @@ BLOCKWISE = ("deepseek", "qwen3", "minimax")
 
 
 def silicon(path: Path) -> Iterator[Case]:
-    with gzip.open(path, "rt") as file:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         for row in csv.DictReader(file):
             case = _silicon(row)
             if case is not None:
@@ -181,7 +181,7 @@ def _silicon(row: dict[str, str]) -> Case | None:
     if precision == "fp8" and any(word in known for word in BLOCKWISE):
         dtype = "fp8_block"
     plan = ParallelPlan(tp=tp, pp=pp, attention_dp=adp, ep=ep)
-    if why_invalid(plan, model(known)):
+    if why_invalid(plan, model(known)) or dtype not in WEIGHT_BYTES:
         return None
     found = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
     clients = int(found[1]) if found else number("batch_size") * adp

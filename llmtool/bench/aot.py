@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from llmtool.bench.nets import NETS, Net, build
-from llmtool.errors import LLMToolError, UsageError
+from llmtool.errors import LLMToolError, ModelError, UsageError
 from llmtool.models.resolve import resolve
 from llmtool.runtime.aot.cost import GRAPH_COST, SyncCost
 from llmtool.runtime.aot.executor import AotExecutor
@@ -70,7 +70,11 @@ def net_of(name: str, batch: int, config: AotBenchConfig, device: torch.device) 
         raise UsageError(error.message, f"A model, or one of {', '.join(NETS)}.") from None
     from transformers import AutoModel
 
-    module = AutoModel.from_pretrained(directory).eval().to(device)
+    try:
+        module = AutoModel.from_pretrained(directory).eval().to(device)
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"transformers cannot load {name}: {first}", "Give another model.") from None
     vocab = module.config.vocab_size
     module.config.use_cache = False
     return Net(_Body(module), lambda b: (torch.randint(vocab, (b, LENGTH), device=device),))

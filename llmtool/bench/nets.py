@@ -351,7 +351,7 @@ class Decoder(nn.Module):
 # -- by name ---------------------------------------------------------------------------------------------------
 
 NETS = (
-    *("bert", "distilbert", "pruned-bert", "decoder", "moe"),
+    *("bert", "distilbert", "pruned-bert", "decoder", "decoder-0.6b", "moe"),
     *("resnet", "mobilenet", "efficientnet", "inception", "nasnet", "mlp"),
 )
 
@@ -361,7 +361,7 @@ def build(name: str, batch: int = 1, tiny: bool = False, cifar: bool = False, se
     ten classes, as the seed's training table has them. Raises KeyError for a name that is none of NETS."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name in ("decoder", "moe"):
+        if name in ("decoder", "decoder-0.6b", "moe"):
             return _decoder(name, batch, tiny)
         if name in ("bert", "distilbert", "pruned-bert"):
             return _encoder(name, tiny)
@@ -372,11 +372,13 @@ def build(name: str, batch: int = 1, tiny: bool = False, cifar: bool = False, se
 
 
 def _decoder(name: str, batch: int, tiny: bool) -> Net:
-    experts = 0 if name == "decoder" else 4 if tiny else 8
+    experts = 0 if name != "moe" else 4 if tiny else 8
     if tiny:
         shape = DecoderShape(32, 64, 4, 2, 8, 2, 101, 16, experts)
     elif experts:
         shape = DecoderShape(layers=8, inner=768, experts=experts)
+    elif name == "decoder-0.6b":  # Qwen3-0.6B's
+        shape = DecoderShape(1024, 3072, 16, 8, 128, 28, 151936)
     else:
         shape = DecoderShape()
     position = torch.tensor([shape.context // 2])

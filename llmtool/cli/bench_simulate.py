@@ -11,7 +11,7 @@ from llmtool.bench.config import BenchConfig
 from llmtool.bench.counters import growth
 from llmtool.bench.result import BenchResult, RunResult
 from llmtool.bench.run import run_seed
-from llmtool.cli.plan_run import native, read_model
+from llmtool.cli.plan_problem import native, read_model
 from llmtool.config import EngineConfig
 from llmtool.core.stats import SpecCounters
 from llmtool.errors import UsageError

@@ -74,6 +74,10 @@ def memprofile(
     checkpoint_every: Annotated[
         int, _option("--checkpoint-every", "Tokens between states kept for a trace's prefixes.", _engine)
     ] = 512,
+    enforce_eager: Annotated[
+        bool,
+        typer.Option("--enforce-eager", help="No steps captured ahead of time.", rich_help_panel=_engine),
+    ] = False,
     explain: Annotated[
         int | None, _option("--explain", "The bill of one request of so many tokens.", _out, metavar="LEN")
     ] = None,

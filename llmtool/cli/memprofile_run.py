@@ -8,6 +8,7 @@ from typing import Any
 
 from llmtool.cli.command import optional_size
 from llmtool.cli.output import Output
+from llmtool.config import MAX_CAPTURED_TOKENS
 from llmtool.errors import UsageError
 from llmtool.hardware import find_device
 from llmtool.memprofile.demand import ALLOCATORS
@@ -16,7 +17,7 @@ from llmtool.memprofile.profile import profile
 from llmtool.memprofile.requests import Ask, named, traced
 from llmtool.memprofile.setting import Setting
 from llmtool.modelspec.catalogue import read_config
-from llmtool.sim.ir import read_ir
+from llmtool.sim.ir import Recurrent, read_ir
 
 Arguments = Mapping[str, Any]
 LONGEST = 131072
@@ -56,6 +57,8 @@ def read(a: Arguments) -> tuple[Setting, list[Ask], str]:
         raise UsageError(f"The number of requests must be at least 1, not {a['num_prompts']}.")
     ir = read_ir(read_config(model), Path(model).name or model)
     card = optional_size(a["memory"]) or find_device(a["device"], a["devices_file"]).memory
+    # States are in no captured step, as the engine has it.
+    eager = a["enforce_eager"] or any(isinstance(m, Recurrent) for b in ir.blocks for m in b.mixers)
     setting = Setting(
         ir,
         card,
@@ -70,6 +73,7 @@ def read(a: Arguments) -> tuple[Setting, list[Ask], str]:
         checkpoint=a["checkpoint_every"],
         image=a["image_tokens"],
         arena=optional_size(a["kv_cache_memory"]),
+        captured=0 if eager else min(MAX_CAPTURED_TOKENS, a["max_num_batched_tokens"]),
     )
     if a["trace"]:
         return setting, traced(a["trace"], a["num_prompts"], setting.checkpoint), Path(a["trace"]).name

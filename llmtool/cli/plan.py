@@ -94,6 +94,16 @@ def plan(
             rich_help_panel=_space,
         ),
     ] = None,
+    spec: Annotated[
+        list[str] | None,
+        _option("--spec", "Speculation to choose from: off, auto, smartspec, 3, ... Default: off.", _space),
+    ] = None,
+    acceptance: Annotated[
+        float | None, _option("--acceptance", "Part of the draft tokens that are right.", _space)
+    ] = None,
+    coverage: Annotated[
+        float | None, _option("--coverage", "Part of the steps that have a draft. Default: 1.", _space)
+    ] = None,
     router: Annotated[
         str | None,
         _option("--router", "round-robin, least-loaded or prefix-aware (default: the engine's own).", _space),
@@ -125,7 +135,7 @@ def plan(
     what_if: Annotated[
         list[str] | None,
         _option(
-            "--what-if", "rate=2, device=h200, dtype=fp8, model=DIR, ... of the best plan; repeatable.", _out
+            "--what-if", "rate=2, device=h200, dtype=fp8, model=DIR, speculation=3, ...; repeatable.", _out
         ),
     ] = None,
     top: Annotated[int, _option("--top", "Plans to print.", _out)] = 10,
@@ -176,14 +186,16 @@ def plan(
       llmtool plan --calibrate measured.json --plan plan.toml
     """
     arguments = dict(locals())
-    from llmtool.cli import plan_run
+    from llmtool.cli import plan_run, plan_show
 
     output = Output(as_json, quiet)
     if list_all:
-        plan_run.show_catalogue(output, devices_file)
+        plan_show.show_catalogue(output, devices_file)
     elif import_tables is not None:
         plan_run.import_kernel_tables(output, import_tables, device, devices_file, output_file)
     elif calibrate:
-        plan_run.calibrate(output, arguments)
+        from llmtool.cli.plan_calibrate import calibrate_from
+
+        calibrate_from(output, arguments)
     else:
         plan_run.run(output, arguments)

@@ -12,6 +12,7 @@ import numpy as np
 
 from llmtool.bench.result import BenchResult, RunResult, read_result
 from llmtool.cli.output import Output
+from llmtool.cli.plan_problem import read_model
 from llmtool.errors import UsageError
 from llmtool.hardware import Cluster, find_device
 from llmtool.plan.calibration import calibrate, store
@@ -34,8 +35,6 @@ FREEDOM = {"own": 1.0, "borrowed": 3.0, "none": 15.0}
 
 
 def calibrate_from(output: Output, a: Mapping[str, Any]) -> None:
-    from llmtool.cli.plan_run import read_model
-
     if a["plan_file"] is None:
         raise UsageError(
             "Calibrating needs the plan that was benched.",
@@ -103,6 +102,7 @@ def deployment_of(plan: PlanFile, ir: Any, engine: EngineProfile, workload: Work
         int(s.get("max_num_seqs", engine.max_seqs)),
         max(int(s.get("max_model_len", 0)), workload.max_len),
         int(s.get("block_size", 16)),
+        drafting=plan.drafting,
     )
 
 

@@ -31,8 +31,9 @@ def card_ledger(s: Setting) -> CardLedger:
     """Raises InfeasibleError when weights and activations leave nothing for KV."""
     weights = round(stage_weights(s.ir, s.plan, 0, s.ir.num_layers, s.dtype))
     activations = round(activation_bytes(s.ir, s.plan, s.budget, s.max_seqs))
+    captured = round(activation_bytes(s.ir, s.plan, s.captured, 0)) if s.captured else 0
     allowed = int(s.card * s.utilization)
-    room = allowed - weights - activations - s.reserve
+    room = allowed - weights - activations - captured - s.reserve
     arena = room if s.arena is None else s.arena
     if room <= 0 or arena > room:
         wanted = f"{size(arena)} of KV" if room > 0 else "any KV"
@@ -45,6 +46,7 @@ def card_ledger(s: Setting) -> CardLedger:
     parts = [
         *_weights(s, weights),
         Part("activations", activations, f"a step of {s.budget} tokens, {s.max_seqs} sequences"),
+        Part("captured steps", captured, f"one arena for steps of up to {s.captured} tokens ahead of time"),
         Part("runtime", s.reserve, "context, graphs, workspaces: an estimate"),
         Part("not given", room - arena, "left by a KV memory that was asked for"),
         Part("kept back", s.card - allowed, f"1 - utilization of {s.utilization:g}"),

@@ -21,7 +21,8 @@ class Setting:
     card that the engine may take. budget: tokens of a step; max_seqs: sequences that run at once. max_len: longest
     sequence. page: tokens per page. checkpoint: tokens between checkpoints of states in cached prefixes. reserve:
     bytes for the device's context, graphs and workspaces. image: image tokens of a request, where layers attend to
-    them. arena: bytes of KV memory, where they are given and not what the rest leaves.
+    them. arena: bytes of KV memory, where they are given and not what the rest leaves. captured: tokens of the
+    largest step that is captured ahead of time; their buffers, all in one arena, are there beside a step's.
 
     Raises UsageError for values that make no sense.
     """
@@ -40,6 +41,7 @@ class Setting:
     reserve: int = RESERVE
     image: int = 0
     arena: int | None = None
+    captured: int = 0
 
     def __post_init__(self) -> None:
         for name, value, known in (

@@ -7,7 +7,8 @@ tokens takes without attention, so
   / n
     with n at most the sequences that can run;
   - a run lasts as long as its busiest engine, and until the last request has come and been served.
-Attention is left out of all of them. Tests hold every bound against simulations.
+With speculation a step may bring 1 + depth tokens of a sequence, and has as many of it. Attention is left out of
+all of them. Tests hold every bound against simulations.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def bounds_of(cost: PlanCost, deployment: Deployment, memory: DeviceMemory, work
     interval = whole if plan.pp == 1 else [max(values) for values in zip(*stages, strict=True)]
     host = engine.host_step if plan.pp == 1 else 0.0
     shortest = min(row.input_len for row in workload.rows)
-    seats = max(1, min(d.max_seqs, memory.tokens // max(1, shortest), budget))
+    burst = 1 + (d.drafting.depth if d.drafting else 0)  # tokens of a sequence in a step
+    seats = max(1, min(d.max_seqs * burst, memory.tokens // max(1, shortest) * burst, budget))
     least_step = _least_from(whole, 1.0, budget) + engine.host_step
     per_token = min((_least_from(interval, m, budget) + host) / m for m in _points(budget))
     per_output = min((_least_from(interval, n, budget) + host) / n for n in _points(seats))
@@ -68,7 +70,7 @@ def bounds_of(cost: PlanCost, deployment: Deployment, memory: DeviceMemory, work
     # A prompt's chunks follow each other through a pipeline before the first one is out of it.
     least_interval = _least_from(interval, 1.0, budget) + host
     ttft = np.maximum(least_step + (chunks - 1) * least_interval, fresh * per_token) + engine.request
-    e2e = ttft + np.maximum(0.0, outputs - 1) * least_step
+    e2e = ttft + np.ceil(np.maximum(0.0, outputs - 1) / burst) * least_step
     groups = plan.dp * plan.attention_dp
     decodes = float(np.maximum(0.0, outputs - 1).sum())
     busy = max((float(fresh.sum()) + decodes) * per_token, decodes * per_output) / groups
@@ -77,7 +79,7 @@ def bounds_of(cost: PlanCost, deployment: Deployment, memory: DeviceMemory, work
         float((arrivals + e2e - engine.request).max()) if workload.concurrency is None else float(e2e.max())
     )
     longest = served - (float(arrivals.min()) if workload.concurrency is None else engine.request)
-    return Bounds(ttft * _SAFETY, e2e * _SAFETY, least_step * _SAFETY, max(busy, longest) * _SAFETY)
+    return Bounds(ttft * _SAFETY, e2e * _SAFETY, least_step / burst * _SAFETY, max(busy, longest) * _SAFETY)
 
 
 def _points(limit: int) -> list[int]:

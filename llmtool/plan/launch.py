@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from llmtool.sim.deployment import Deployment
 from llmtool.sim.workload import Workload
 from llmtool.workload.slo import SLO
 
+_NO_CONTROLLER = "# {} drafts a fixed number of tokens; plan with --spec 3, or serve with llmtool."
 _VLLM_DTYPES = {"fp8": "fp8", "fp8_block": "fp8"}
 
 
@@ -36,6 +38,11 @@ def vllm_lines(model: str, d: Deployment, per_node: int = 8) -> list[str]:
         parts += ["--quantization", _VLLM_DTYPES[d.dtype]]
     if d.kv_dtype == "fp8":
         parts += ["--kv-cache-dtype", "fp8"]
+    if d.drafting is not None:
+        if not d.drafting.spec.isdecimal():
+            return [_NO_CONTROLLER.format("vLLM")]
+        drafts = {"method": "ngram", "num_speculative_tokens": d.drafting.depth, "prompt_lookup_max": 4}
+        parts += ["--speculative-config", json.dumps(drafts)]
     if not d.prefix_caching:
         parts += ["--no-enable-prefix-caching"]
     environment = []
@@ -82,6 +89,10 @@ def sglang_lines(model: str, d: Deployment, per_node: int = 8) -> list[str]:
         parts += ["--quantization", "fp8"]
     if d.kv_dtype == "fp8":
         parts += ["--kv-cache-dtype", "fp8_e4m3"]
+    if d.drafting is not None:
+        if not d.drafting.spec.isdecimal():
+            return [_NO_CONTROLLER.format("SGLang")]
+        parts += ["--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", str(d.drafting.depth)]
     if not d.prefix_caching:
         parts += ["--disable-radix-cache"]
     if plan.engine <= per_node:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtool.errors import LLMToolError, UsageError
-from llmtool.sim.deployment import Deployment
+from llmtool.sim.deployment import Deployment, Drafting
 from llmtool.sim.parallel import ParallelPlan
 
 VERSION = 1
@@ -31,6 +31,7 @@ class PlanFile:
     kv_dtype: str
     prediction: Mapping[str, Any]
     disaggregate: str = ""
+    drafting: Drafting | None = None
 
 
 def write_plan(
@@ -54,8 +55,10 @@ def write_plan(
     }
     if d.dtype in _SERVE_DTYPES:
         settings["dtype"] = _SERVE_DTYPES[d.dtype]
+    if d.drafting is not None:
+        settings["spec"] = d.drafting.spec
     p = d.plan
-    plan = {
+    plan: dict[str, Any] = {
         "version": VERSION,
         "device": device,
         "engine": d.engine.name,
@@ -68,6 +71,8 @@ def write_plan(
         "attention_data_parallel": p.attention_dp,
         "layers": list(p.layers),
     }
+    if d.drafting is not None:
+        plan |= {"draft_acceptance": d.drafting.acceptance, "draft_coverage": d.drafting.coverage}
     if disaggregate:
         plan["disaggregate"] = disaggregate
     figures = {k: float(f"{v:.6g}") for k, v in prediction.items() if isinstance(v, int | float)}
@@ -122,9 +127,18 @@ def read_plan(path: str | Path) -> PlanFile:
             kv_dtype=str(table["kv_cache"]),
             prediction=data.get("prediction", {}),
             disaggregate=str(table.get("disaggregate", "")),
+            drafting=_drafting(data, table),
         )
     except (KeyError, TypeError, ValueError) as e:
         raise UsageError(f"The plan {path} lacks or garbles {e}.") from None
+
+
+def _drafting(data: Mapping[str, Any], table: Mapping[str, Any]) -> Drafting | None:
+    if "draft_acceptance" not in table:
+        return None
+    return Drafting(
+        str(data["spec"]), float(table["draft_acceptance"]), float(table.get("draft_coverage", 1.0))
+    )
 
 
 def serve_settings(path: str | Path) -> dict[str, Any]:

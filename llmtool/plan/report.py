@@ -35,7 +35,7 @@ def distinct(outcomes: Sequence[Outcome]) -> list[tuple[Outcome, list[Outcome]]]
     groups: dict[Any, list[Outcome]] = {}
     for o in outcomes:
         d = o.deployment
-        groups.setdefault((d.plan, d.dtype, d.kv_dtype, round(o.loss, 12)), []).append(o)
+        groups.setdefault((d.plan, d.dtype, d.kv_dtype, d.drafting, round(o.loss, 12)), []).append(o)
     out = []
     for group in groups.values():
         group.sort(key=lambda o: (o.deployment.budget, o.deployment.max_seqs))
@@ -86,6 +86,7 @@ def describe_plan(d: Deployment) -> dict[str, Any]:
         "max_num_seqs": d.max_seqs,
         "weights": d.dtype,
         "kv_cache": d.kv_dtype,
+        "speculation": d.drafting.spec if d.drafting else "off",
     }
 
 

@@ -308,7 +308,7 @@ class _Search:
         groups: dict[Any, list[Outcome]] = {}
         for o in outcomes:
             d = o.deployment
-            groups.setdefault((d.plan, d.dtype, d.kv_dtype), []).append(o)
+            groups.setdefault((d.plan, d.dtype, d.kv_dtype, d.drafting), []).append(o)
         for group in groups.values():
             group.sort(key=lambda o: (-o.deployment.budget, -o.deployment.max_seqs))
         jobs: list[Job] = [

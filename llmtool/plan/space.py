@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 from llmtool.hardware import Cluster
 from llmtool.plan.runnable import why_not_runnable
-from llmtool.sim.deployment import Deployment
+from llmtool.sim.deployment import Deployment, Drafting
 from llmtool.sim.engines import EngineProfile
 from llmtool.sim.ir import ModelIR
 from llmtool.sim.memory import device_memory, stage_weights
@@ -23,7 +24,7 @@ from llmtool.sim.parallel import ParallelPlan, why_invalid
 @dataclass(frozen=True, slots=True)
 class SpaceOptions:
     """dtypes, kv_dtypes, budgets, max_seqs: what may be chosen from. fewer: also plans that leave devices idle.
-    any_plan: also plans that the engine has no flags for."""
+    any_plan: also plans that the engine has no flags for. draftings: kinds of speculation, None for none."""
 
     engine: EngineProfile
     max_len: int
@@ -35,6 +36,7 @@ class SpaceOptions:
     prefix_caching: bool = False
     fewer: bool = False
     any_plan: bool = False
+    draftings: tuple[Drafting | None, ...] = (None,)
 
 
 @dataclass
@@ -89,6 +91,7 @@ def build_space(ir: ModelIR, cluster: Cluster, options: SpaceOptions) -> Space:
     space = Space()
     counts = _divisors(cluster.num_devices) if options.fewer else [cluster.num_devices]
     variants = len(options.dtypes) * len(options.kv_dtypes) * len(options.budgets) * len(options.max_seqs)
+    variants *= len(options.draftings)
     for devices in counts:
         for plan in parallel_plans(ir, devices):
             why = why_invalid(plan, ir)
@@ -103,6 +106,9 @@ def build_space(ir: ModelIR, cluster: Cluster, options: SpaceOptions) -> Space:
                 space.reject("attention-DP of a dense model beyond a node", str(plan), variants)
                 continue
             for deployment in _variants(ir, plan, options):
+                if deployment.drafting is not None and plan.pp > 1:
+                    space.reject("drafts need a step's tokens before the next begins", str(plan))
+                    continue
                 memory = device_memory(deployment, cluster.device)
                 if memory.tokens < options.max_len:
                     reason = (
@@ -115,22 +121,22 @@ def build_space(ir: ModelIR, cluster: Cluster, options: SpaceOptions) -> Space:
 
 
 def _variants(ir: ModelIR, plan: ParallelPlan, o: SpaceOptions) -> Iterator[Deployment]:
-    for dtype in o.dtypes:
-        for kv_dtype in o.kv_dtypes:
-            for budget in o.budgets:
-                for seqs in o.max_seqs:
-                    yield Deployment(
-                        ir,
-                        plan,
-                        o.engine,
-                        dtype,
-                        kv_dtype,
-                        max(budget, seqs),
-                        seqs,
-                        o.max_len,
-                        o.block_size,
-                        o.prefix_caching,
-                    )
+    for dtype, kv_dtype, budget, seqs, drafting in product(
+        o.dtypes, o.kv_dtypes, o.budgets, o.max_seqs, o.draftings
+    ):
+        yield Deployment(
+            ir,
+            plan,
+            o.engine,
+            dtype,
+            kv_dtype,
+            max(budget, seqs),
+            seqs,
+            o.max_len,
+            o.block_size,
+            o.prefix_caching,
+            drafting,
+        )
 
 
 def _divisors(n: int) -> Sequence[int]:
@@ -146,7 +152,10 @@ def heuristic_plan(ir: ModelIR, cluster: Cluster, options: SpaceOptions) -> Depl
         if cluster.num_devices % tp == 0 and not why_invalid(plan, ir):
             engine = options.engine
             deployment = replace(
-                next(_variants(ir, plan, options)), budget=engine.budget, max_seqs=engine.max_seqs
+                next(_variants(ir, plan, options)),
+                budget=engine.budget,
+                max_seqs=engine.max_seqs,
+                drafting=None,
             )
             if device_memory(deployment, cluster.device).tokens >= options.max_len:
                 return deployment

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,5 +137,5 @@ class Tables:
                         values = file[name].astype(np.float32)
                         grids[name] = grid([file[f"{name}@{i}"] for i in range(values.ndim)], values)
                 return cls(grids, head["device"], head["source"])
-        except (OSError, KeyError, ValueError, TypeError) as e:
+        except (OSError, EOFError, KeyError, ValueError, TypeError, BadZipFile) as e:
             raise UsageError(f"{path} is no file of kernel tables: {e}.") from None

@@ -188,7 +188,7 @@ def _moe(rows: Any, device: DeviceSpec) -> dict[str, Grid]:
     grids = {}
     for theirs in np.unique(rows["moe_dtype"]).tolist():
         ours = MOE_DTYPES.get(theirs)
-        if ours is None:
+        if ours is None or f"moe/{ours}" in grids:  # weights alone in 4 bits: where nothing is all in 4 bits
             continue
         plain = "fp8" if ours == "fp8_block" else ours
         # Real routers are uneven: the tables' power law with exponent 1.01 stands for them.

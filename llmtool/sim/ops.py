@@ -119,6 +119,12 @@ class Ops:
             )
         return self._memo[key]
 
+    def mixed(self, chunk: float, n: float, length: float) -> float:
+        """How much longer attention of n decoding sequences takes in a step that also has `chunk` prompt tokens: 1
+        where nothing says that one kernel takes both."""
+        table = self._grids.get("mixed")
+        return 1.0 if table is None else table.ratio(chunk, n, length)
+
     def moe(
         self, tokens: float, hidden: int, inner: float, local: float, experts: int, top_k: int, dtype: str
     ) -> Cost:
@@ -141,9 +147,10 @@ class Ops:
     def knows(self, key: str) -> bool:
         return key in self._grids
 
-    def stream(self, nbytes: float) -> Cost:
-        """Elementwise work: norms, activations, rotary embeddings, a recurrent state."""
-        table = self._grids.get("stream")
+    def stream(self, nbytes: float, kind: str = "") -> Cost:
+        """Elementwise work: norms, activations, rotary embeddings, a recurrent state. kind: act, rotary or sampler,
+        of which a table may have times of its own."""
+        table = self._grids.get(f"stream/{kind}") or self._grids.get("stream")
         if table is not None:
             return Cost(nbytes / self.device.bandwidth * table.ratio(nbytes), "memory", 0.0, nbytes)
         return Cost(LAUNCH + nbytes / (self.device.bandwidth * MEMORY_SHARE), "memory", 0.0, nbytes)

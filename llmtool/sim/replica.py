@@ -16,10 +16,10 @@ from llmtool.core.scheduler import Scheduler
 from llmtool.core.stats import EngineStats
 from llmtool.errors import InfeasibleError
 from llmtool.sim.deployment import Deployment
+from llmtool.sim.drafts import TOKEN, speculator_of
 from llmtool.sim.memory import DeviceMemory
 from llmtool.sim.stepcost import Batch, PlanCost
 
-TOKEN = 1  # what every sequence says
 _MACRO = 4096  # quiet steps taken in one call at most
 
 
@@ -220,9 +220,10 @@ class Replica:
         config = SchedulerConfig(d.max_seqs, budget, d.max_len, 10**9)
         self.clock = VirtualClock()
         self._cost = cost
-        self._macro = macro
+        self._macro = macro and d.drafting is None  # steps of which each may be another length
         self._executor = PlanExecutor(cost, self.clock, record, prefilled)
-        self.engine = Engine(Scheduler(config, self._allocator), self._executor, self.clock)
+        scheduler = Scheduler(config, self._allocator, (), speculator_of(d.drafting))
+        self.engine = Engine(scheduler, self._executor, self.clock)
         self._pending: deque[SimRequest] = deque()
         self._sizes: dict[str, tuple[int, int]] = {}
         self.finished: list[Finished] = []

@@ -180,11 +180,16 @@ def simulate(
     memory = device_memory(deployment, cluster.device)
     plan = deployment.plan
     count = plan.dp * plan.attention_dp
-    shares = [workload.rows[i::count] if router == "round-robin" else workload.rows for i in range(count)]
+    # Of a closed loop, engines beyond its clients have nothing to do.
+    served = count if workload.concurrency is None else min(count, workload.concurrency)
+    whole = router != "round-robin" and workload.concurrency is None
+    shares = [
+        workload.rows if whole else workload.rows[i::served] if i < served else () for i in range(count)
+    ]
     replicas = [Replica(cost, _at_most(memory, deployment, rows), macro, record) for rows in shares]
     routes: list[int] = []
     if workload.concurrency is not None:
-        _closed_loop(replicas, workload)
+        _closed_loop(replicas, workload, deployment.engine.request)
     else:
         routes = _open_loop(replicas, workload, router)
     finished = sorted((f for r in replicas for f in r.finished), key=lambda f: f.id)
@@ -230,19 +235,19 @@ def _open_loop(replicas: list[Replica], workload: Workload, router: str) -> list
     return routes
 
 
-def _closed_loop(replicas: list[Replica], workload: Workload) -> None:
-    """Client i is served by engine i mod count, and each engine's clients take that engine's share of the rows."""
+def _closed_loop(replicas: list[Replica], workload: Workload, turnaround: float) -> None:
+    """Client i is served by engine i mod count, and each engine's clients take that engine's share of the rows. A
+    client's next request is at the scheduler when its reply has gone back and the request has come: meanwhile the
+    engine has begun another step."""
     assert workload.concurrency is not None
-    count = len(replicas)
-    for which, replica in enumerate(replicas):
+    count = min(len(replicas), workload.concurrency)
+    for which, replica in enumerate(replicas[:count]):
         clients = len(range(which, workload.concurrency, count))
         rows = list(enumerate(workload.rows))[which::count]
-        if not clients:
-            continue
         for index, row in rows[:clients]:
             replica.add(sim_request(index, row, 0.0))
         for seen, (index, row) in enumerate(rows[clients:]):
             if seen == len(replica.finished):
                 replica.advance(math.inf, stop_at_finish=True)
-            replica.add(sim_request(index, row, replica.finished[seen].finished))
+            replica.add(sim_request(index, row, replica.finished[seen].finished + turnaround))
         replica.advance(math.inf)

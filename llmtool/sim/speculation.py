@@ -1,14 +1,9 @@
 """Will speculation pay? The engine of a deployment on a virtual clock, with the controllers of `serve` and drafts
-that are right so often.
-
-The law of the drafts: at a moment a sequence has one with a chance of `coverage`, and each of its tokens is right
-with a chance of `acceptance`, whatever came before. A verified token costs what another sequence's token costs, its
-sequence's context is read once a step.
+that are right so often (drafts.py); requests as bench records them, token by token.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,45 +14,14 @@ from llmtool.core.ports import VirtualClock
 from llmtool.core.request import SamplingParams
 from llmtool.core.scheduler import Scheduler
 from llmtool.core.speculation.build import controller_of
-from llmtool.core.speculation.draft import MAX_DEPTH, NOTHING, Draft
 from llmtool.core.speculation.speculator import Speculator
 from llmtool.core.stats import SpecCounters
-from llmtool.errors import InfeasibleError, UsageError
+from llmtool.errors import InfeasibleError
+from llmtool.sim.drafts import SyntheticProposer
 from llmtool.sim.memory import DeviceMemory
-from llmtool.sim.replica import TOKEN, PlanExecutor, SimRequest
+from llmtool.sim.replica import PlanExecutor, SimRequest
 from llmtool.sim.stepcost import PlanCost
 from llmtool.workload.metrics import RequestRecord
-
-
-class SyntheticProposer:
-    """Drafts by the law above. Raises UsageError for chances outside [0, 1]."""
-
-    name = "synthetic"
-
-    def __init__(self, acceptance: float, coverage: float = 1.0, seed: int = 0) -> None:
-        for name, value in (("acceptance", acceptance), ("coverage", coverage)):
-            if not 0.0 <= value <= 1.0:
-                raise UsageError(f"The {name} of drafts must be between 0 and 1, not {value:g}.")
-        self._acceptance, self._coverage = acceptance, coverage
-        self._rng = random.Random(seed)
-
-    def begin(self, seq: str, token_ids: Sequence[int], salt: str = "") -> None:
-        pass
-
-    def observe(self, seq: str, token_ids: Sequence[int]) -> None:
-        pass
-
-    def propose(self, seq: str, limit: int) -> Draft:
-        rng = self._rng
-        if rng.random() >= self._coverage:
-            return NOTHING
-        tokens = [
-            TOKEN if rng.random() < self._acceptance else TOKEN + 1 for _ in range(min(limit, MAX_DEPTH))
-        ]
-        return Draft(tokens, self.name, 4)
-
-    def finish(self, seq: str) -> None:
-        pass
 
 
 @dataclass(frozen=True, slots=True)

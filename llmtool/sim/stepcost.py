@@ -180,7 +180,8 @@ class PlanCost:
             costs += [
                 self._gemm(m, q / tp + here, hidden),
                 self._gemm(m, hidden, out / tp),
-                self.ops.stream(4.0 * m * (mixer.heads * mixer.head_dim / tp + here)),  # rotary, cache write
+                # rotary, norms of heads, cache write
+                self.ops.stream(4.0 * m * (mixer.heads * mixer.head_dim / tp + here), "rotary"),
             ]
         return costs
 
@@ -201,7 +202,7 @@ class PlanCost:
             first = mlp.matrices - 1 if isinstance(mlp, Dense) else 2
             costs += [
                 self._gemm(shared, first * part, hidden),
-                self.ops.stream(6.0 * shared * part),
+                self.ops.stream(6.0 * shared * part, "act"),
                 self._gemm(shared, hidden, part),
             ]
         if isinstance(mlp, MoE):
@@ -249,7 +250,7 @@ class PlanCost:
         part = d.ir.vocab / d.plan.tp
         total.add(self._bound(self._gemm(samples, part, d.ir.hidden, "bf16")))
         total.add(self._wires.cost("all_gather", 2.0 * samples * d.ir.vocab, d.plan.tp))
-        total.add(self.ops.stream(8.0 * samples * d.ir.vocab))
+        total.add(self.ops.stream(8.0 * samples * d.ir.vocab, "sampler"))
         return self._scaled(total)
 
     @staticmethod
@@ -322,10 +323,15 @@ class PlanCost:
                 cost = self.prefill_attention(mixer, batch.chunks)
                 seconds += times * cost.seconds * self._factor(cost) * d.engine.attention
         if batch.decodes:
-            seconds += _interpolate(
-                CONTEXTS, self._row(stage, batch.decodes), batch.decode_context / batch.decodes
-            )
+            context = batch.decode_context / batch.decodes
+            alone = _interpolate(CONTEXTS, self._row(stage, batch.decodes), context)
+            seconds += alone * self._beside(batch) if batch.chunks else alone
         return seconds
+
+    def _beside(self, batch: Batch) -> float:
+        """Factor on the attention of decoding sequences in a step that has prompt chunks too."""
+        prompt = sum(count for count, _ in batch.chunks)
+        return self.ops.mixed(prompt, batch.decodes, batch.decode_context / batch.decodes)
 
     def host(self, sequences: int) -> float:
         return self.deployment.engine.host_step + self.deployment.engine.host_seq * sequences
@@ -409,7 +415,8 @@ class PlanCost:
             for mixer, times in self._windows[i].items():
                 if batch.decodes:
                     context = batch.decode_context / batch.decodes
-                    total.add(self.decode_attention(mixer, batch.decodes, context), times)
+                    beside = self._beside(batch) if batch.chunks else 1.0
+                    total.add(self.decode_attention(mixer, batch.decodes, context), times * beside)
                 if batch.chunks:
                     total.add(self.prefill_attention(mixer, batch.chunks), times)
         if batch.samples:

@@ -43,6 +43,27 @@ def test_a_net(tmp_path: Path) -> None:
     assert "<svg" in html.read_text()
 
 
+def test_a_model(tmp_path: Path) -> None:
+    """A directory in transformers' format: its body at 128 tokens; and one that holds none."""
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=64, max_position_embeddings=128)  # fmt: skip
+    BertModel(config).save_pretrained(tmp_path / "bert")
+    flags = ("--aot-seconds", "0.1", "--no-aot-peers", "--num-threads", "1", "--json")
+    done = bench("--aot", str(tmp_path / "bert"), *flags)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert set(row["seconds"]) == {"eager", "aot"} and not row["failed"]
+    assert row["plan"]["assignments"]["ours"]["synchronisations"] > 0  # queries, keys and values side by side
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "config.json").write_text('{"model_type": "bert"}')
+    done = bench("--aot", str(tmp_path / "none"), *flags)
+    assert (
+        done.returncode == 1 and "transformers cannot load" in done.stderr and "Traceback" not in done.stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

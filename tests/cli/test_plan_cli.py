@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from llmtool.bench.result import read_result
 from llmtool.cli.app import app
+from llmtool.modelspec.catalogue import published
 from tests.bench.made import made_records, made_result, made_run
 from tests.sim.test_plan_memory import known
 
@@ -81,6 +82,25 @@ def test_another_device_has_its_own_constants_and_price() -> None:
     assert b200["mean_tpot_ms"] == pytest.approx(there["plans"][0]["mean_tpot_ms"])
 
 
+def test_speculation_and_a_pruned_model(tmp_path: Path) -> None:
+    """Drafts as a dimension of the search, and both as questions about its winner."""
+    config = dict(published("smollm2-360m") or {})
+    half = {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 1280}
+    config["per_layer_config"] = {str(i): half for i in range(config["num_hidden_layers"])}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    smaller = f"model={tmp_path}"
+    few = ["--num-devices", "1", "--request-rate", "1"]
+    asks = ["--what-if", "speculation=3", "--what-if", "speculation=off", "--what-if", smaller]
+    data = document(*SMALL, *few, "--spec", "off,3,auto", "--acceptance", "0.8", *asks,
+                    "--objective", "latency")  # fmt: skip
+    kinds = {p["speculation"] for p in data["plans"]} | {p["speculation"] for p in data["not_simulated"]}
+    assert kinds == {"off", "3", "auto"} and data["plans"][0]["speculation"] != "off"
+    three, off, pruned = data["what_if"]
+    assert three["mean_tpot_ms"] < 0.7 * off["mean_tpot_ms"]
+    best = document(*SMALL, *few, "--objective", "latency", "--what-if", smaller)
+    assert best["what_if"][0]["mean_tpot_ms"] < best["plans"][0]["mean_tpot_ms"] and pruned["meets_slos"]
+
+
 def test_one_device_serves_its_plan(tmp_path: Path) -> None:
     file = str(tmp_path / "plan.toml")
     shown = call(*SMALL, "--num-devices", "1", "-o", file, "-q")
@@ -123,6 +143,11 @@ def test_replicas_are_served_as_planned(tmp_path: Path) -> None:
         ([*SMALL, "--processes", "0"], 2, "--processes must be at least 1"),
         ([*SMALL, "--num-devices", "2", "--slo", "tpot:p50:0.0001"], 4, "No plan meets"),
         ([*SMALL, "--num-devices", "1", "--what-if", "weather=rain"], 2, "no question"),
+        ([*SMALL, "--spec", "3"], 2, "how often drafts are right"),
+        ([*SMALL, "--spec", "sometimes", "--acceptance", "0.7"], 2, "no speculation 'sometimes'"),
+        ([*SMALL, "--spec", "3", "--acceptance", "1.7"], 2, "between 0 and 1"),
+        ([*SMALL, "--acceptance", "0.7"], 2, "go with speculation"),
+        ([*SMALL, "--num-devices", "1", "--what-if", "speculation=3"], 2, "how often drafts are right"),
         (
             ["plan", "llama-3.1-405b", "--device", "l4", "--num-devices", "2"],
             4,

@@ -7,6 +7,9 @@ from llmtool.memprofile.demand import ALLOCATORS
 from llmtool.memprofile.ledger import card_ledger
 from llmtool.memprofile.profile import profile
 from llmtool.memprofile.requests import Ask, named, traced
+from llmtool.modelspec import ModelSpec
+from llmtool.modelspec.catalogue import published
+from llmtool.runtime.budget import activation_bytes
 from tests.memprofile.test_demand import setting
 from tests.workload.fake import data_file
 
@@ -99,3 +102,14 @@ def test_recorded_traces(file: str) -> None:
     assert near["mean_batch"] >= paged["mean_batch"] and near["never_fit"] == 0
     assert sum(row["bytes"] for row in d["ledger"]) == s.card
     assert (near["hit_rate"] > 0) == ("mooncake" in file)
+
+
+def test_captured_steps_have_an_arena_of_their_own() -> None:
+    """It is taken from the KV memory, and within what the engine keeps for it, which counts from above."""
+    plain, captured = (card_ledger(setting("llama-3.1-8b", captured=n)) for n in (0, 256))
+    parts = {p.name: p.bytes for p in captured.parts}
+    assert "captured steps" not in {p.name for p in plain.parts}
+    assert captured.arena == plain.arena - parts["captured steps"] and parts["captured steps"] > 0
+    assert sum(parts.values()) + captured.arena == captured.card
+    spec = ModelSpec.from_config(dict(published("llama-3.1-8b") or {}))
+    assert parts["captured steps"] <= activation_bytes(spec, 2, 256, 0)

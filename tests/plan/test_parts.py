@@ -24,6 +24,7 @@ from llmtool.plan.space import SpaceOptions, build_space
 from llmtool.plan.tier import tier_of
 from llmtool.plan.whatif import Scenario, ask
 from llmtool.plan.workloads import NAMED, guess_format, make_workload, write_trace
+from llmtool.sim.deployment import Drafting
 from llmtool.sim.engines import EngineProfile, find_engine
 from llmtool.sim.ops import Ops
 from llmtool.sim.parallel import ParallelPlan
@@ -135,6 +136,10 @@ def test_a_plan_file_comes_back(tmp_path: Path) -> None:
     assert read_plan(tmp_path / "split.toml").disaggregate == "1:2" and back.disaggregate == ""
     write_plan(tmp_path / "one.toml", "toy", "cpu", deployment(ParallelPlan()), {}, 0.15)
     assert serve_settings(tmp_path / "one.toml")["max_num_seqs"] == 16
+    drafting = Drafting("auto", 0.7, 0.5)
+    write_plan(tmp_path / "d.toml", "toy", "cpu", deployment(ParallelPlan(), drafting=drafting), {}, 0.15)
+    assert read_plan(tmp_path / "d.toml").drafting == drafting and back.drafting is None
+    assert serve_settings(tmp_path / "d.toml")["spec"] == "auto"
     (tmp_path / "bad.toml").write_text("[plan]\nversion = 9\n")
     with pytest.raises(UsageError, match="no plan of version 1"):
         read_plan(tmp_path / "bad.toml")
@@ -186,6 +191,18 @@ def test_plans_without_flags_get_no_line() -> None:
     few, all_ = ({d.plan for d in space.feasible} for space in spaces)
     assert few == {p for p in all_ if not why_not_runnable("vllm", p, mixture())} and few < all_
     assert spaces[0].enumerated == spaces[1].enumerated
+
+
+def test_plans_with_drafts() -> None:
+    """A fixed number has flags everywhere; a controller only here."""
+    fixed = deployment(ParallelPlan(), drafting=Drafting("3", 0.7))
+    words = shlex.split(vllm_lines("m", fixed)[0])
+    assert json.loads(words[words.index("--speculative-config") + 1])["num_speculative_tokens"] == 3
+    assert "--speculative-num-draft-tokens 3" in sglang_lines("m", fixed)[0]
+    auto = deployment(ParallelPlan(), drafting=Drafting("auto", 0.7))
+    assert vllm_lines("m", auto)[0].startswith("# ") and sglang_lines("m", auto)[0].startswith("# ")
+    with pytest.raises(UsageError, match="coverage of drafts must be between 0 and 1"):
+        Drafting("auto", 0.7, -0.1)
 
 
 def test_launch_lines_over_nodes() -> None:
@@ -250,6 +267,19 @@ def test_what_if() -> None:
     assert answer("dtype=fp8").deployment.dtype == "fp8"
     assert answer("max-num-seqs=500").deployment.budget == 500
     assert answer("model=other").deployment.ir.is_moe
+    with pytest.raises(UsageError, match="how often drafts are right"):
+        answer("speculation=3")
+    for spec in ("3", "auto"):
+        drafts = replace(base, law=(0.9, 1.0))
+        asked = ask(f"speculation={spec}", drafts, lambda name: device(), lambda name: mixture())
+        assert asked.deployment.drafting == Drafting(spec, 0.9)
+        few = load(20, 2.0)  # a load at which a verified token costs little
+        plain, with_drafts = (run(d, few) for d in (base.deployment, asked.deployment))
+        assert with_drafts.statistic("tpot", None) < 0.7 * plain.statistic("tpot", None)
+    assert answer("speculation=off").deployment.drafting is None
+    deep = replace(base, deployment=deployment(ParallelPlan(pp=2)), law=(0.9, 1.0))
+    with pytest.raises(InfeasibleError, match="in a pipeline"):
+        ask("speculation=3", deep, lambda name: device(), lambda name: mixture())
     for bad in ("rate=-1", "dtype=fp3", "colour=blue", "rate", "device"):
         with pytest.raises(UsageError):
             answer(bad)

@@ -1,6 +1,7 @@
 """Bounds are bounds, pruning loses nothing, and the space is what it says."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,7 @@ from llmtool.plan.space import (
     parallel_plans,
     smallest_cluster,
 )
+from llmtool.sim.deployment import Drafting
 from llmtool.sim.ir import ModelIR
 from llmtool.sim.memory import device_memory
 from llmtool.sim.ops import Ops
@@ -95,6 +97,37 @@ def test_the_pruned_winner_is_the_winner(seed: int) -> None:
     assert sum(counts.values()) - counts["enumerated"] == counts["enumerated"]
     assert whole.counts()["bounded_out"] == whole.counts()["halved_out"] == 0
     assert counts["simulated"] <= whole.counts()["simulated"]
+
+
+DRAFTINGS = (None, Drafting("2", 0.6), Drafting("auto", 0.9), Drafting("4", 0.3, 0.5))
+
+
+@pytest.mark.parametrize("seed", range(200, 208))
+def test_speculation_is_a_dimension_of_the_search(seed: int) -> None:
+    """Bounds hold with drafts too, the pruned winner is the winner, and every plan is accounted for."""
+    ir, cluster, options, workload, objective = problem(seed)
+    space = build_space(ir, cluster, replace(options, draftings=DRAFTINGS))
+    plain = build_space(ir, cluster, options)
+    assert space.enumerated == len(DRAFTINGS) * plain.enumerated
+    if not space.feasible:
+        return
+    assert all(d.plan.pp == 1 or d.drafting is None for d in space.feasible)
+    ops = Ops(cluster.device, None)
+    for d in random.Random(seed).sample(space.feasible, min(8, len(space.feasible))):
+        bounds = bounds_of(PlanCost(d, cluster, ops), d, device_memory(d, cluster.device), workload)
+        result = simulate(d, cluster, ops, workload)
+        assert all(b <= r.ttft for b, r in zip(bounds.ttft, result.records, strict=True))
+        assert all(b <= r.e2e for b, r in zip(bounds.e2e, result.records, strict=True))
+        assert all(r.tpot is None or bounds.tpot <= r.tpot for r in result.records)
+        assert bounds.duration <= result.duration
+        assert sum(f.output_tokens for f in result.finished) == sum(r.output_len for r in workload.rows)
+    found = [
+        search(space, cluster, None, workload, objective, exhaustive=whole, processes=1)
+        for whole in (False, True)
+    ]
+    assert found[0].best.loss == pytest.approx(found[1].best.loss, rel=1e-9)
+    without = search(plain, cluster, None, workload, objective, processes=1)
+    assert found[0].best.rank <= without.best.rank
 
 
 @pytest.mark.parametrize("seed", range(100, 104))

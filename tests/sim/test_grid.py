@@ -40,6 +40,7 @@ def test_files(tmp_path: Path) -> None:
     assert back.grids["gemm/bf16"].ratio(1.5, 3.5) == pytest.approx(
         tables.grids["gemm/bf16"].ratio(1.5, 3.5), rel=1e-3
     )
-    (tmp_path / "bad.npz").write_bytes(b"nothing")
-    with pytest.raises(UsageError, match="no file of kernel tables"):
-        Tables.load(tmp_path / "bad.npz")
+    for content in (b"nothing", b"", b"PK\x03\x04 cut short"):
+        (tmp_path / "bad.npz").write_bytes(content)
+        with pytest.raises(UsageError, match="no file of kernel tables"):
+            Tables.load(tmp_path / "bad.npz")

@@ -205,6 +205,30 @@ def test_littles_law_and_work_conservation(rate: float) -> None:
         assert busy == pytest.approx(result.duration, rel=1e-6)
 
 
+def test_a_client_s_next_request_takes_a_turn_to_come() -> None:
+    """One client: nothing overlaps. Several that end together meet a step that has begun without them."""
+    d = deployment(ParallelPlan(), max_len=600)
+    turn = d.engine.request
+    alone = run(d, load(6, None, clients=1))
+    for before, after in zip(alone.finished, alone.finished[1:], strict=False):
+        assert after.arrival == pytest.approx(before.finished + turn)
+    assert alone.duration == pytest.approx(sum(r.e2e for r in alone.records) - turn)
+    several = run(d, load(40, None, clients=4))
+    later = [f for f in several.finished if f.arrival > 0]
+    ended = {f.finished for f in several.finished}
+    assert later and all(f.arrival not in ended and f.first_scheduled >= f.arrival for f in later)
+
+
+def test_fewer_clients_than_engines_lose_no_request() -> None:
+    d, workload = deployment(ParallelPlan(dp=6), max_len=400), load(20, None, clients=4)
+    result = run(d, workload, device(devices_per_node=6))
+    assert [f.output_tokens for f in sorted(result.finished, key=lambda f: int(f.id))] == [
+        r.output_len for r in workload.rows
+    ]
+    same = run(deployment(ParallelPlan(dp=4), max_len=400), workload)
+    assert result.duration == same.duration and result.devices == 6
+
+
 def test_replicas_scale_linearly_at_a_fixed_load_each() -> None:
     one = load(60, 20.0, 7)
     four = Workload("four", tuple(row for row in one.rows for _ in range(4)))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
 
 
 def choose_buckets(
@@ -23,22 +26,22 @@ def choose_buckets(
     total = [0.0]
     for size in sizes:
         total.append(total[-1] + counts[size])
-    n = len(sizes)
+    n, sums = len(sizes), np.asarray(total)
     # least[j]: of steps up to sizes[j - 1], its bucket the last; chosen[k][j]: where the bucket before that is.
-    least = [0.0] + [float("inf")] * n
+    least = np.full(n + 1, np.inf)
+    least[0] = 0.0
     best: tuple[float, tuple[int, ...]] = (float("inf"), ())
     chosen: list[list[int]] = []
     for k in range(min(limit, n)):
-        row, new = [0] * (n + 1), [float("inf")] * (n + 1)
+        row, new = [0] * (n + 1), np.full(n + 1, np.inf)
         for j in range(k + 1, n + 1):
-            for i in range(k, j):
-                took = least[i] + (total[j] - total[i]) * price[j - 1] + per_bucket
-                if took < new[j]:
-                    row[j], new[j] = i, took
+            took = least[k:j] + (sums[j] - sums[k:j]) * price[j - 1] + per_bucket
+            i = int(took.argmin())
+            row[j], new[j] = k + i, took[i]
         chosen.append(row)
         least = new
         if least[n] < best[0]:
-            best = (least[n], _traced(sizes, chosen))
+            best = (float(least[n]), _traced(sizes, chosen))
     return best[1]
 
 
@@ -54,6 +57,41 @@ def bucket_of(size: int, buckets: Sequence[int]) -> int | None:
     """The smallest bucket that holds `size`; None where none does. buckets: ascending."""
     at = bisect_left(buckets, size)
     return buckets[at] if at < len(buckets) else None
+
+
+class Ladder:
+    """The buckets of steps that differ in their size alone: first the given ones, then those that would have padded
+    the steps seen so far the least.
+
+    A step in a bucket takes what its sequences take, and a part that is the same for all: what is chosen does not
+    depend on either, so that it needs no measured times. Chosen anew when steps have doubled, from FIRST on:
+    seldom, as a new bucket costs a capture, and one that saves less than WORTH of the rows is none. made: buckets
+    that are captured, and stay.
+    """
+
+    FIRST = 256
+    WORTH = 0.02
+
+    def __init__(self, buckets: Sequence[int]) -> None:
+        self._given = tuple(buckets)
+        self._seen: Counter[int] = Counter()
+        self._steps, self._due = 0, self.FIRST
+        self.buckets = self._given
+
+    def bucket_of(self, size: int) -> int | None:
+        return bucket_of(size, self.buckets)
+
+    def note(self, size: int, made: Sequence[int]) -> None:
+        """A step of this size was run."""
+        self._seen[size] += 1
+        self._steps += 1
+        if self._steps < self._due:
+            return
+        self._due *= 2
+        rows = sum(size * count for size, count in self._seen.items())
+        chosen = choose_buckets(self._seen, float, len(self._given), self.WORTH * rows)
+        above = [b for b in self._given if b > chosen[-1]]  # for sizes not seen yet
+        self.buckets = tuple(sorted({*chosen, *made, *above}))
 
 
 class Hotness:

@@ -2,9 +2,10 @@
 
 A step's shape is how many new tokens each sequence has. Where all have the same number (1 decodes, k + 1 verify k
 drafts), the number of sequences is rounded up to a bucket and the step padded with copies of its shortest sequence,
-which write nothing; any other small step is a shape of its own. Shapes are captured when they are hot, one at a
-time, and run eagerly until then. Everything else a launch depends on lies in memory that is filled before each
-replay: ids, positions, pages, and the attention's work list, whose size depends on the shape alone.
+which write nothing; buckets follow the sizes that come. Any other small step is a shape of its own. Shapes are
+captured when they are hot, one at a time, and run eagerly until then. Everything else a launch depends on lies in
+memory that is filled before each replay: ids, positions, pages, and the attention's work list, whose size depends
+on the shape alone.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import torch
 from llmtool_kernels.attention import AttentionBatch
 from torch import Tensor
 
+from llmtool.config import MAX_CAPTURED_TOKENS as MAX_TOKENS
 from llmtool.models.decoder import Decoder, KVContext, LayerPlace
-from llmtool.runtime.aot.buckets import Hotness, bucket_of
+from llmtool.runtime.aot.buckets import Hotness, Ladder
 from llmtool.runtime.batch import StepInputs
 
 log = logging.getLogger("llmtool.aot")
 Shape = tuple[int, ...]  # new tokens of each sequence
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-MAX_TOKENS = 256  # of a step that is captured: larger ones keep the device busy by themselves
 MAX_SHAPES = 32
 THRESHOLD = 3
 
@@ -83,6 +84,7 @@ class StepGraphs:
     ) -> None:
         self.model, self._arena, self._layers, self._widths = model, arena, layers, tuple(widths)
         self._buckets = (*(b for b in BUCKETS if b < max_num_seqs), max_num_seqs)
+        self._ladders: dict[int, Ladder] = {}  # by new tokens of a sequence
         self._capture = capture
         self._captured: dict[Shape, _Captured] = {}
         self._refused: set[Shape] = set()
@@ -96,6 +98,7 @@ class StepGraphs:
         shape = self.shape_of(inputs)
         if shape is None or self._broken or shape in self._refused:
             return self._eager(inputs)
+        self._note(shape[0], inputs)
         captured = self._captured.get(shape)
         if captured is None:
             number = self._numbers.setdefault(shape, len(self._numbers))
@@ -124,9 +127,21 @@ class StepGraphs:
         lengths = inputs.lengths.tolist()
         shape: Shape = tuple(lengths)
         if len(set(lengths)) == 1:
-            count = bucket_of(len(lengths), self._buckets)
+            count = self._ladder(lengths[0]).bucket_of(len(lengths))
             shape = shape[:1] * (count or 0)
         return shape if 0 < sum(shape) <= MAX_TOKENS and len(shape) >= len(lengths) else None
+
+    def _ladder(self, each: int) -> Ladder:
+        if each not in self._ladders:
+            self._ladders[each] = Ladder(self._buckets)
+        return self._ladders[each]
+
+    def _note(self, each: int, inputs: StepInputs) -> None:
+        """A step of sequences with `each` new tokens came, if it is of such."""
+        lengths = inputs.lengths.tolist()
+        if len(set(lengths)) == 1 and len(self._captured) < MAX_SHAPES:
+            made = [len(shape) for shape in self._captured if set(shape) == {each}]
+            self._ladder(each).note(len(lengths), made)
 
     def _eager(self, inputs: StepInputs) -> Tensor:
         kv = KVContext(self._arena, self._layers, inputs.batches)

@@ -3,7 +3,7 @@
 import random
 from itertools import combinations
 
-from llmtool.runtime.aot.buckets import Hotness, bucket_of, choose_buckets
+from llmtool.runtime.aot.buckets import Hotness, Ladder, bucket_of, choose_buckets
 
 
 def total(counts: dict[int, float], buckets: tuple[int, ...], cost: dict[int, float], each: float) -> float:
@@ -53,3 +53,26 @@ def test_hottest_first() -> None:
     assert hot.hottest() == 8
     hot.forget(8)
     assert hot.hottest() == 1
+
+
+def test_a_ladder_follows_the_sizes_that_come() -> None:
+    """After FIRST steps the buckets are those that pad the steps so far least, and larger given ones; what is
+    captured stays."""
+    rng = random.Random(5)
+    given = (1, 2, 4, 8, 16, 32)
+    ladder, sizes = Ladder(given), [rng.choice((5, 5, 5, 11)) for _ in range(Ladder.FIRST)]
+    for size in sizes[:-1]:
+        ladder.note(size, [8])
+        assert ladder.buckets == given
+    ladder.note(sizes[-1], [8])
+    assert ladder.buckets == (5, 8, 11, 16, 32)
+    assert [ladder.bucket_of(n) for n in (1, 5, 6, 9, 12, 33)] == [5, 5, 8, 11, 16, None]
+    padded = [sum((bucket_of(s, buckets) or 0) - s for s in sizes) for buckets in (given, ladder.buckets)]
+    assert padded[1] == 0 < padded[0]
+
+
+def test_a_bucket_that_saves_little_is_none() -> None:
+    ladder = Ladder((8, 64))
+    for i in range(Ladder.FIRST):
+        ladder.note(31 if i % 100 == 0 else 32, [])
+    assert ladder.buckets == (32, 64)

@@ -310,6 +310,35 @@ def test_whatever_changes_a_launch_is_in_the_key(change: Callable[[Any], tuple[A
             assert same(fast(*inputs), expected)
 
 
+@pytest.mark.parametrize("change", [changed_dtype, replaced_weight, moved_data, trained_mode])
+def test_a_call_like_the_one_before_looks_at_everything_too(change: Callable[[Any], tuple[Any, ...]]) -> None:
+    """After two calls alike the third is told by one expression, which a change of anything fails."""
+    module = Scaled().eval()
+    x = torch.randn(2, 4)
+    fast = AotExecutor(module, (x,), always=True).prepare()
+    with torch.no_grad():
+        fast(x)
+    assert fast._last is not None and not fast._last[1](x)  # gradients might be wanted
+    with torch.no_grad():
+        holds = fast._last[1]
+        assert holds(x) and holds(torch.randn(2, 4))
+        assert not any(map(holds, (torch.randn(2, 4).t(), torch.randn(3, 4), x.double(), nn.Parameter(x))))
+        before = torch.get_num_threads()
+        torch.set_num_threads(before + 1)
+        assert not holds(x)
+        torch.set_num_threads(before)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not holds(x)
+        assert holds(x)
+        inputs = change(module)
+        assert not holds(*inputs)
+        for _ in range(4):
+            torch.manual_seed(0)
+            expected = module(*inputs)
+            torch.manual_seed(0)
+            assert same(fast(*inputs), expected)
+
+
 def test_settings_of_the_process_are_in_the_key() -> None:
     module = Scaled().eval()
     x = torch.randn(2, 4)

@@ -11,6 +11,7 @@ from torch import Tensor
 from llmtool.models.decoder import NativeDecoder
 from llmtool.models.loader import load
 from llmtool.runtime.aot import steps
+from llmtool.runtime.aot.buckets import Ladder
 from llmtool.runtime.aot.steps import StepGraphs
 from llmtool.runtime.executor import TorchExecutor
 from llmtool.runtime.kv_store import KVStore
@@ -103,6 +104,22 @@ def test_hot_shapes_are_captured_and_others_are_not(tiny: TinyModel, monkeypatch
         script.step({"a": 1})
     assert graphs(script.executor).shapes == [(1,)]
     assert (capture.captures, capture.replays) == (1, 2)
+
+
+def test_buckets_follow_the_sizes_that_come(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five sequences decode: at first in a bucket of eight, then in one of their own, with the same tokens."""
+    monkeypatch.setattr(Ladder, "FIRST", 12)
+    capture = FakeCapture()
+    script = Script(executor(tiny, capture, monkeypatch))
+    prompts = random_prompts(5, 1, high=20)
+    for i, prompt in enumerate(prompts):
+        script.add(str(i), prompt)
+        script.step({str(i): len(prompt)})
+    for _ in range(24):
+        script.step(dict.fromkeys(script.live, 1))
+    assert graphs(script.executor).shapes == [(1,) * 8, (1,) * 5]
+    for i, prompt in enumerate(prompts):
+        assert script.live[str(i)].output == tiny.greedy(prompt, 25)
 
 
 def test_large_steps_are_not_captured(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
