@@ -32,24 +32,28 @@ def refit(
     """The best of: ridge towards `weight`, one scale per column, nothing; whichever errs least on held-out tokens.
 
     fit, held_out: of the kept columns. weight [out, kept], bias [out]: as they are. The ridge's strength is chosen
-    on held-out tokens, then all tokens are fitted with it. fp64 Cholesky.
+    on held-out tokens, from the strongest down while they gain by it, then all tokens are fitted with it.
     """
     before = held_out.error(weight, bias)
     best = Fit(weight, bias, "none", before, before)
     if not weight.shape[1]:
         return best
-    both = fit.merged(held_out)
-    for strength in ridges:
+    system, last = _System.of(fit, weight, bias), float("inf")
+    for strength in sorted(ridges, reverse=True):
         try:
-            candidate = ridge(fit, weight, bias, strength)
+            candidate = system.solve(strength)
         except torch.linalg.LinAlgError:  # a ridge too weak for columns that say the same
-            continue
+            break
         error = held_out.error(*candidate)
         if error < best.error:
             best = Fit(*candidate, "ridge", error, before, strength)
+        if error >= last:
+            break
+        last = error
     if best.how == "ridge":
         try:
-            return Fit(*ridge(both, weight, bias, best.ridge), "ridge", best.error, before, best.ridge)
+            solution = ridge(fit.merged(held_out), weight, bias, best.ridge)
+            return Fit(*solution, "ridge", best.error, before, best.ridge)
         except torch.linalg.LinAlgError:
             return best  # the fit that was checked will do
     scaled = _scales(fit, weight, bias)
@@ -63,21 +67,41 @@ def ridge(
 ) -> tuple[Tensor, Tensor | None]:
     """argmin of the mean of ||y - W x - b||^2 + strength * mean(x^2) * ||W - weight||^2; b only where there is one.
 
-    Raises LinAlgError where the matrix is not positive definite.
+    fp64 Cholesky. Raises LinAlgError where the matrix is not positive definite.
     """
-    xx, xy = moments.xx.double(), moments.xy.double()
-    x, y, count = moments.x.double(), moments.y.double(), moments.weight
-    if bias is not None:  # centred, the bias falls out
-        xx = xx - torch.outer(x, x) / count
-        xy = xy - torch.outer(x, y) / count
-    old = weight.T.double()  # [in, out]
-    pull = strength * float(xx.diagonal().mean()) + 1e-12 * float(xx.diagonal().max())
-    matrix = xx.clone()
-    matrix.diagonal().add_(pull)
-    factor = torch.linalg.cholesky(matrix)
-    new = old + torch.cholesky_solve(xy - xx @ old, factor)
-    shift = None if bias is None else ((y - x @ new) / count).to(bias.dtype)
-    return new.T.to(weight.dtype).contiguous(), shift
+    return _System.of(moments, weight, bias).solve(strength)
+
+
+@dataclass(slots=True)
+class _System:
+    """What ridges of all strengths share: sums in fp64, centred where there is a bias, and what `old` leaves."""
+
+    xx: Tensor
+    left: Tensor  # of xy: [in, out]
+    old: Tensor  # [in, out]
+    x: Tensor
+    y: Tensor
+    count: float
+    weight: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, moments: Moments, weight: Tensor, bias: Tensor | None) -> _System:
+        xx, xy = moments.xx.double(), moments.xy.double()
+        x, y, count = moments.x.double(), moments.y.double(), moments.weight
+        if bias is not None:  # centred, the bias falls out
+            xx = xx - torch.outer(x, x) / count
+            xy = xy - torch.outer(x, y) / count
+        old = weight.T.double()
+        return cls(xx, xy - xx @ old, old, x, y, count, weight, bias)
+
+    def solve(self, strength: float) -> tuple[Tensor, Tensor | None]:
+        diagonal = self.xx.diagonal()
+        matrix = self.xx.clone()
+        matrix.diagonal().add_(strength * float(diagonal.mean()) + 1e-12 * float(diagonal.max()))
+        new = self.old + torch.cholesky_solve(self.left, torch.linalg.cholesky(matrix))
+        shift = None if self.bias is None else ((self.y - self.x @ new) / self.count).to(self.bias.dtype)
+        return new.T.to(self.weight.dtype).contiguous(), shift
 
 
 def _scales(moments: Moments, weight: Tensor, bias: Tensor | None) -> Tensor | None:
