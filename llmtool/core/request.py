@@ -182,6 +182,7 @@ class SamplingParams:
             self.temperature in (0.0, 1.0), "temperature", "A beam search takes no temperature but 0 or 1."
         )
         _require(self.grammar is None, "response_format", "A beam search takes no structured output.")
+        _require(not self.spec, "spec", "A beam search takes no drafts.")
         default = SamplingParams()
         for name in _NOT_WITH_BEAMS:
             _require(getattr(self, name) == getattr(default, name), name, f"A beam search takes no {name}.")

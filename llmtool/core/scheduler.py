@@ -24,6 +24,7 @@ from llmtool.core.ports import Drafts, NewRequest, Received, ScheduledRequest, S
 from llmtool.core.request import FinishReason, Request, RequestStatus, SamplingParams, SequenceOutput
 from llmtool.core.roster import Roster, is_idle
 from llmtool.core.stats import EngineStats, SpecCounters
+from llmtool.errors import RequestError
 
 SEATS = "seats"  # what is short when max_num_seqs run; otherwise it is a page type
 
@@ -49,7 +50,7 @@ class Scheduler:
         self._step_id = 0
         # A recurrent state cannot be rolled back: it has gone over the tokens that were wrong.
         states = any(layer.kind in STATES for group in allocator.groups for layer in group.layers)
-        self._drafts = None if states else drafts
+        self._drafts, self._states = None if states else drafts, states
         self._drafted = 0  # draft tokens of the last step
 
     # -- requests come and go ------------------------------------------------------------------------------
@@ -80,11 +81,20 @@ class Scheduler:
         can never fit, QueueFull, RequestError."""
         assert group not in self, f"request id {group!r} is in use"
         assert "/" not in group, "ids with a slash name the further answers of a request"
+        if params.spec and self._drafts is None:
+            raise self._no_drafts(params.spec)
         requests = self._admission.sequences(
             group, prompt, params, now, priority, cache_salt, seed, handoff, given, moved
         )
         self._admission.check_queue(self._roster.num_waiting + len(self._roster.running), len(requests))
         self._roster.enter(requests)
+
+    def _no_drafts(self, spec: int) -> RequestError:
+        if self._states:
+            why, remedy = "this model's layers keep a state, which drafts would spoil", "Leave it out."
+        else:
+            why, remedy = "this server makes none", "Leave it out, or start the server with --spec auto."
+        return RequestError(f"spec asks for {spec} draft tokens, but {why}.", remedy, param="spec")
 
     @property
     def handed(self) -> list[tuple[str, Entries]]:

@@ -28,6 +28,7 @@ from llmtool.models.resolve import resolve
 from llmtool.models.tokenizer import Tokenizer
 from llmtool.runtime.device import device_memory
 from llmtool.runtime.kv_store import KVStore
+from llmtool.runtime.sampler import largest
 
 MEMORY_SHARE = 8  # the drafter's pages take at most one part in so many of the memory that is free
 
@@ -140,7 +141,7 @@ class ModelDrafter:
         kv = KVContext(self._store.arena, self._layers, (batch,))
         hidden = self.model.forward(ids, torch.tensor(at, device=device), kv)
         last = torch.from_numpy(np.cumsum(lengths) - 1).to(device)
-        said = self.model.logits(hidden[last]).argmax(dim=1).tolist()
+        said = largest(self.model.logits(hidden[last]))[1].tolist()
         for (seq, part), draft, token in zip(work, drafts, said, strict=True):
             self._computed[seq] += part
             draft.append(token)

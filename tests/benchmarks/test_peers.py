@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.peers import report, target
 from benchmarks.peers.__main__ import chosen
-from benchmarks.peers.catalogue import DRIVERS, MODES, Contender
+from benchmarks.peers.catalogue import DRIVERS, MODES, Contender, catalogue
 from benchmarks.peers.cells import Cell, Store
 from benchmarks.peers.measure import Plan, figures, run_plan
 from benchmarks.peers.process import Contention, Process, cpu_seconds, rss, tree
@@ -61,6 +61,22 @@ def fake(name: str = "openvino-fp16", short: int = 0, modes: tuple[str, ...] = M
     return Contender(name, "fake", 16, lambda port: [sys.executable, "-c", code], modes, driver=True)
 
 
+def test_drafts_are_compared_with_drafts_only() -> None:
+    everyone = catalogue()
+    rows = {t.row: t for t in report.targets(everyone)}
+    drafting = {name for name, c in everyone.items() if "copy" in c.modes and "single" not in c.modes}
+    assert drafting == {"llmtool-auto", "vllm-lookup", "openvino-lookup"}
+    for row in rows.values():
+        for name in (row.ours, *row.peers):
+            assert row.mode in (*everyone[name].modes, "memory"), f"{name} is not measured on {row.mode}"
+    copying = rows["copying, single stream, drafts: TPOT"]
+    assert {copying.ours, *copying.peers} == drafting
+    settings = everyone["vllm-lookup"].command(1)[-1]
+    assert json.loads(settings)["method"] == "ngram" and "--speculative-config" not in everyone[
+        "vllm-bf16"
+    ].command(1)
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "cells.jsonl", "run")
@@ -82,6 +98,10 @@ def test_the_workload_has_the_sizes_it_promises() -> None:
     prefixes = {r.token_ids[:1024] for r in loads["prefix"].requests if r.token_ids}
     assert len(shapes["prefix"]) == 32 and len(prefixes) == 1
     assert all(1040 <= n <= 1088 and out == 32 for n, out in shapes["prefix"])
+    for name, count, concurrency in (("copy", 8, 1), ("copy-16", 32, 16)):
+        assert shapes[name] == [(512, 128)] * count and loads[name].concurrency == concurrency
+        for prompt in [r.token_ids or () for r in loads[name].requests]:
+            assert prompt[320:] == prompt[:192], "it goes on with what it has begun to repeat"
     for rate in RATES:
         load = loads[online(rate)]
         assert len(load.requests) == ONLINE[rate] and load.offsets[0] == 0.0
@@ -165,7 +185,7 @@ def test_the_table_shows_every_target(store: Store) -> None:
     document = report.document(store, everyone)
     assert json.loads(json.dumps(document)) == document or document["targets"]
     text = report.table(document["targets"])
-    assert text.count("MISSING") == len(report.targets(everyone)) == 16
+    assert text.count("MISSING") == len(report.targets(everyone)) == 20
     assert "llmtool-int8: not measured" in text
 
 

@@ -397,7 +397,9 @@ def test_speculation_through_the_process(monkeypatch: pytest.MonkeyPatch, tmp_pa
                 counters = await counted(engine, 30 if spec == "4" else -1)
                 assert counters.explain is not None and counters.explain["controller"] == spec
         async with started() as engine:
-            assert await tokens_of(await engine.add("r", prompt, SamplingParams(max_tokens=3, spec=2)))
+            with pytest.raises(RequestError, match="this server makes none"):
+                await engine.add("r", prompt, SamplingParams(max_tokens=3, spec=2))
+            assert await tokens_of(await engine.add("r", prompt, SamplingParams(max_tokens=3, spec=0)))
             assert engine.stats.spec is None
         for bad in ({"spec": "sometimes"}, {"spec": "auto", "proposer": "eagle"}):
             with pytest.raises(UsageError):

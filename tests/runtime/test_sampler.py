@@ -13,7 +13,7 @@ from scipy import stats
 from llmtool.core.request import SamplingParams
 from llmtool.runtime import sampler
 from llmtool.runtime.random import uniforms
-from llmtool.runtime.sampler import GrammarMask, SamplingRows, sample
+from llmtool.runtime.sampler import GrammarMask, SamplingRows, largest, sample
 
 CPU = torch.device("cpu")
 EOS = 1
@@ -228,6 +228,19 @@ def test_logits_are_left_alone() -> None:
     case.run()
     sample(case.logits, case.rows, np.arange(3), np.arange(3), np.zeros(3, np.int64))
     assert torch.equal(case.logits, before)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5])
+def test_the_largest_is_torchs(rows: int) -> None:
+    """Ties, infinities and NaN included."""
+    x = torch.randint(-3, 4, (rows, 50)).float()
+    if rows > 3:
+        x[1, 7], x[2, 9:11], x[3] = torch.nan, torch.inf, -torch.inf
+    peaks, tokens = largest(x)
+    theirs, _ = x.max(dim=1)
+    assert torch.equal(peaks.nan_to_num(99.0), theirs.nan_to_num(99.0)) and tokens.dtype == torch.int64
+    wanted = [row.isnan().nonzero()[0] if row.isnan().any() else (row == row.max()).nonzero()[0] for row in x]
+    assert tokens.tolist() == [int(at) for at in wanted]
 
 
 def test_ties_go_to_the_lowest_id() -> None:

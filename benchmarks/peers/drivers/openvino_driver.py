@@ -1,6 +1,6 @@
 """openvino-genai in process: its continuous-batching pipeline on the CPU, prefix caching on.
 
-python openvino_driver.py MODEL_DIR [--cache GIB] [--tokens TOKENS_A_STEP]
+python openvino_driver.py MODEL_DIR [--cache GIB] [--tokens TOKENS_A_STEP] [--lookup DRAFT_TOKENS]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--cache", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--lookup", type=int, default=0, help="draft so many tokens a step from the prompt")
     args = parser.parse_args()
 
     import numpy as np
@@ -28,7 +29,8 @@ def main() -> None:
     scheduler.cache_size = args.cache
     scheduler.max_num_batched_tokens = args.tokens
     scheduler.enable_prefix_caching = True
-    pipe = genai.ContinuousBatchingPipeline(args.model, scheduler, "CPU")
+    properties = {"prompt_lookup": True} if args.lookup else {}
+    pipe = genai.ContinuousBatchingPipeline(args.model, scheduler, "CPU", properties)
     ids = itertools.count()
 
     def settings(max_tokens: int) -> genai.GenerationConfig:
@@ -36,6 +38,8 @@ def main() -> None:
         config.max_new_tokens = max_tokens
         config.ignore_eos = True
         config.do_sample = False
+        if args.lookup:
+            config.num_assistant_tokens, config.max_ngram_size = args.lookup, 4
         return config
 
     def run(requests: list[Request]) -> list[Record]:

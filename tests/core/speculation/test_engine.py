@@ -177,7 +177,7 @@ def test_a_length_of_a_requests_own() -> None:
 
 def test_without_speculation_a_step_has_no_drafts_and_no_counters() -> None:
     engine = make_engine()
-    engine.add("0", [1, 2, 1, 2, 1], SamplingParams(max_tokens=9, spec=4))
+    engine.add("0", [1, 2, 1, 2, 1], SamplingParams(max_tokens=9, spec=0))
     run_off = []
     while engine.has_work:
         engine.step()
@@ -199,6 +199,22 @@ def test_layers_with_a_state_are_not_speculated_on() -> None:
         engine.step()
         assert not any(entry.draft for entry in engine.last_step.scheduled)  # type: ignore[union-attr]
     assert engine.stats.spec is None
+    with pytest.raises(RequestError, match="keep a state") as refused:
+        engine.add("1", [1, 2, 3], SamplingParams(spec=1))
+    assert refused.value.param == "spec"
+
+
+def test_drafts_that_nobody_makes_are_refused_not_ignored() -> None:
+    engine = make_engine()
+    with pytest.raises(
+        RequestError, match="spec asks for 4 draft tokens, but this server makes none"
+    ) as refused:
+        engine.add("0", [1, 2, 1, 2], SamplingParams(spec=4))
+    assert refused.value.param == "spec" and refused.value.http_status == 400 and not engine.has_work
+    with pytest.raises(RequestError, match="A beam search takes no drafts"):
+        SamplingParams(temperature=0, spec=2, beam=BeamParams(2))
+    engine.add("0", [1, 2, 1, 2], SamplingParams(max_tokens=3, spec=0))
+    SamplingParams(temperature=0, spec=0, beam=BeamParams(2))
 
 
 def test_answers_that_share_pages_and_beams_beside_them() -> None:
