@@ -81,6 +81,10 @@ class EngineConfig:
     disaggregate: PREFILL:DECODE, numbers of engines for prompts and for the tokens after the first; "" for engines
     that do both. replica_timeout: seconds without a sign of life after which one of several engines is killed and
     started again.
+    tensor_parallel_size, pipeline_parallel_size: ranks that a layer is cut over, and stages that layers are dealt
+    to, pipeline_layers each. enable_expert_parallel: experts whole on ranks of their own. nnodes, node_rank:
+    machines of the engine, and which of them this is; they meet at master_addr:master_port, 0 for a free one on
+    one machine. distributed_timeout_seconds: how long a rank waits for another before it gives up.
     """
 
     model: str = "smollm2-135m"
@@ -113,6 +117,15 @@ class EngineConfig:
     data_parallel_size: int = 1
     disaggregate: str = ""
     replica_timeout: float = 60.0
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    pipeline_layers: tuple[int, ...] = ()
+    enable_expert_parallel: bool = False
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    distributed_timeout_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -133,6 +146,25 @@ class EngineConfig:
             raise UsageError(f"block_size must be a power of two, not {self.block_size}.")
         if self.max_model_len is not None and self.max_model_len < 1:
             raise UsageError(f"max_model_len must be at least 1, not {self.max_model_len}.")
+        for name in ("tensor_parallel_size", "pipeline_parallel_size", "nnodes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.node_rank < self.nnodes:
+            raise UsageError(
+                f"node_rank is {self.node_rank}, and {self.nnodes} nodes have ranks 0 to {self.nnodes - 1}.",
+                "Give --nnodes the number of machines, and each of them a --node-rank of its own.",
+            )
+        if self.nnodes > 1 and not self.master_port:
+            raise UsageError(
+                "Several nodes need a port to meet at.",
+                "Give every node the same --master-addr and --master-port, an address and free port of node 0.",
+            )
+        if not 0 <= self.master_port < 65536:
+            raise UsageError(f"master_port must be between 0 and 65535, not {self.master_port}.")
+        if self.distributed_timeout_seconds <= 0:
+            raise UsageError(
+                f"distributed_timeout_seconds must be above 0, not {self.distributed_timeout_seconds:g}."
+            )
         if self.swap_space_bytes < 0:
             raise UsageError(f"swap_space_bytes must be at least 0, not {self.swap_space_bytes}.")
         if self.data_parallel_size < 1:
@@ -144,6 +176,17 @@ class EngineConfig:
                 "Give one of them.",
             )
         assert self.engines
+        if self.disaggregate and self.ranks > 1:
+            raise UsageError(
+                f"disaggregate {self.disaggregate} moves KV between engines of one process, and these have "
+                f"{self.ranks}.",
+                "Leave out --tensor-parallel-size and --pipeline-parallel-size, or --disaggregate.",
+            )
+        if self.engines > 1 and self.master_port:
+            raise UsageError(
+                f"{self.engines} engines cannot all meet at port {self.master_port}, and none of them spans nodes.",
+                "Leave out --nnodes and --master-port.",
+            )
         if self.replica_timeout <= 0:
             raise UsageError(f"replica_timeout must be more than 0 seconds, not {self.replica_timeout:g}.")
         # Bad scheduler settings should fail here, before a model is loaded.
@@ -165,6 +208,11 @@ class EngineConfig:
     def engines(self) -> int:
         """Engines with the whole model each."""
         return sum(self.split) if self.split else self.data_parallel_size
+
+    @property
+    def ranks(self) -> int:
+        """Processes that one engine takes."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     def scheduler(self, max_model_len: int) -> SchedulerConfig:
         return SchedulerConfig(

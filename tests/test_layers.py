@@ -31,6 +31,8 @@ ROOT = Path(__file__).parents[1]
         "llmtool.cli.plan_run",
         "llmtool.workload.datasets",
         "llmtool.modelspec",
+        "llmtool.parallel.shard",
+        "llmtool.parallel.pages",
         "llmtool.config",
         "llmtool.cli.app",
         "llmtool.runtime.async_engine",

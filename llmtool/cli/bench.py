@@ -163,6 +163,15 @@ def bench(
     enable_prefix_caching: engine.PrefixCaching = None,
     enforce_eager: engine.EnforceEager = None,
     num_threads: engine.NumThreads = None,
+    tensor_parallel_size: engine.TensorParallel = None,
+    pipeline_parallel_size: engine.PipelineParallel = None,
+    pipeline_layers: engine.PipelineLayers = None,
+    enable_expert_parallel: engine.ExpertParallel = None,
+    nnodes: engine.Nodes = None,
+    node_rank: engine.NodeRank = None,
+    master_addr: engine.MasterAddr = None,
+    master_port: engine.MasterPort = None,
+    distributed_timeout_seconds: engine.DistributedTimeout = None,
     spec: engine.Spec = None,
     proposer: engine.Proposer = None,
     step_log: engine.StepLog = None,
@@ -228,6 +237,11 @@ def bench(
     if print_config:
         print_settings(bench_config, engine_config, api_key, output)
         return
+    if engine_config.node_rank:
+        raise UsageError(
+            f"bench runs on node 0, and this is node {engine_config.node_rank}.",
+            "Run `llmtool serve` with the same engine flags here: it works for node 0.",
+        )
     bench_run.check_writable(output_file, html)
     if simulate:
         from llmtool.cli.bench_simulate import simulate as on_virtual_clock
@@ -324,7 +338,12 @@ def settings(
 
 def _with_sizes(flags: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {"kv_cache_memory_bytes": "kv_cache_memory", "swap_space_bytes": "swap_space"}
-    return {**flags, **{name: optional_size(flags.get(flag)) for name, flag in sizes.items()}}
+    layers = engine.layer_counts(flags.get("pipeline_layers"))
+    return {
+        **flags,
+        "pipeline_layers": layers,
+        **{name: optional_size(flags.get(flag)) for name, flag in sizes.items()},
+    }
 
 
 class _Merger(Protocol):

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from llmtool.errors import UsageError
+
 ModelArg = Annotated[
     str | None,
     typer.Argument(
@@ -74,6 +76,40 @@ Spec = Annotated[
 Proposer = Annotated[
     str | None, _option("--proposer", "Who drafts: suffix (default), draft:MODEL, pruned[:LAYERS] or union.")
 ]
+_parallel = "Parallelism"
+
+
+def _parallel_option(text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=_parallel, show_default=False)
+
+
+TensorParallel = Annotated[
+    int | None, _parallel_option("Ranks that every layer is cut over.", "--tensor-parallel-size", "-tp")
+]
+PipelineParallel = Annotated[
+    int | None, _parallel_option("Stages of layers.", "--pipeline-parallel-size", "-pp")
+]
+PipelineLayers = Annotated[
+    str | None, _parallel_option("Layers of each stage, as 10,20 (as even as can be).", "--pipeline-layers")
+]
+ExpertParallel = Annotated[
+    bool | None,
+    _parallel_option(
+        "Whole experts on ranks of their own.", "--enable-expert-parallel/--no-enable-expert-parallel"
+    ),
+]
+Nodes = Annotated[int | None, _parallel_option("Machines of the engine.", "--nnodes")]
+NodeRank = Annotated[
+    int | None, _parallel_option("Which of them this is; 0 serves, the others work for it.", "--node-rank")
+]
+MasterAddr = Annotated[
+    str | None, _parallel_option("Where they meet: an address of node 0.", "--master-addr")
+]
+MasterPort = Annotated[int | None, _parallel_option("And a free port there.", "--master-port")]
+DistributedTimeout = Annotated[
+    float | None,
+    _parallel_option("Seconds that a rank waits for another (120).", "--distributed-timeout-seconds"),
+]
 StepLog = Annotated[str | None, _option("--step-log", "Record every scheduling decision in this JSONL file.")]
 DataParallelSize = Annotated[
     int | None, _option("--data-parallel-size", "Engines with the whole model each, behind a router.", "-dp")
@@ -88,3 +124,13 @@ ReplicaTimeout = Annotated[
     float | None,
     _option("--replica-timeout", "Seconds of silence after which one of several engines is restarted (60)."),
 ]
+
+
+def layer_counts(text: Any) -> tuple[int, ...] | None:
+    """Of "10,20", or of a plan's list. Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in (text.split(",") if isinstance(text, str) else text))
+    except ValueError:
+        raise UsageError(f"{text!r} is no list of layers.", "Write, for example, 10,20.") from None

@@ -22,6 +22,7 @@ from llmtool.plan.launch import bench_line, llmtool_line, sglang_lines, vllm_lin
 from llmtool.plan.objective import figures
 from llmtool.plan.perfetto import write_perfetto
 from llmtool.plan.planfile import write_plan
+from llmtool.plan.runnable import why_no_engine
 from llmtool.plan.search import Outcome, SearchResult, search
 from llmtool.plan.space import build_space, heuristic_plan
 from llmtool.plan.whatif import Scenario, ask
@@ -96,7 +97,7 @@ def launch_lines(problem: Problem, d: Deployment, a: Arguments) -> dict[str, Any
         "sglang": sglang_lines(name, d, problem.cluster.per_node),
         "bench": bench_line(problem.workload, problem.objective.slos, trace),
     }
-    if a["output_file"] and d.plan.engine == 1:
+    if a["output_file"] and not why_no_engine(d.plan):
         lines["llmtool"] = llmtool_line(a["output_file"])
     return lines
 

@@ -81,6 +81,15 @@ def serve(
     enable_prefix_caching: engine.PrefixCaching = None,
     enforce_eager: engine.EnforceEager = None,
     num_threads: engine.NumThreads = None,
+    tensor_parallel_size: engine.TensorParallel = None,
+    pipeline_parallel_size: engine.PipelineParallel = None,
+    pipeline_layers: engine.PipelineLayers = None,
+    enable_expert_parallel: engine.ExpertParallel = None,
+    nnodes: engine.Nodes = None,
+    node_rank: engine.NodeRank = None,
+    master_addr: engine.MasterAddr = None,
+    master_port: engine.MasterPort = None,
+    distributed_timeout_seconds: engine.DistributedTimeout = None,
     seed: Annotated[int | None, typer.Option(help="Of requests that bring none.")] = None,
     spec: engine.Spec = None,
     proposer: engine.Proposer = None,
@@ -105,7 +114,9 @@ def serve(
 
       llmtool serve ./my-model --port 9000 --api-key secret
 
-      llmtool serve --plan plan.toml                    # what `llmtool plan` found for one device
+      llmtool serve --plan plan.toml                    # what `llmtool plan` found
+
+      llmtool serve ./my-model -tp 2 -pp 2              # four processes, a GPU each where there are GPUs
 
       llmtool serve model.gguf --max-model-len 4096 --max-num-seqs 32
 
@@ -120,6 +131,7 @@ def serve(
     flags["kv_cache_memory_bytes"] = optional_size(kv_cache_memory)
     flags["swap_space_bytes"] = optional_size(swap_space)
     flags["max_body_bytes"] = optional_size(max_body)
+    flags["pipeline_layers"] = engine.layer_counts(flags["pipeline_layers"])
     if allowed_origins is not None:
         flags["allowed_origins"] = tuple(allowed_origins.split(","))
     engine_config = resolve(EngineConfig, flags, config, other_keys=field_names(ServerConfig))
@@ -133,7 +145,21 @@ def serve(
             "The settings come from --print-config, which does not show the API key.",
             "Give it again, as LLMTOOL_API_KEY or --api-key, or take api_key out of the file.",
         )
+    if engine_config.node_rank:
+        run_node(engine_config, output)
+        return
     run(engine_config, server_config, output, log_level)
+
+
+def run_node(engine_config: EngineConfig, output: Output) -> None:
+    """Work for the server on node 0 until it ends."""
+    from llmtool.runtime.parallel.node import work_for
+
+    output.hint(
+        f"Node {engine_config.node_rank} of {engine_config.nnodes} works for {engine_config.master_addr}:"
+        f"{engine_config.master_port} (stop with Ctrl-C)"
+    )
+    work_for(engine_config)
 
 
 def print_settings(output: Output, *configs: Any) -> None:

@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from llmtool_kernels import dispatch
 from llmtool_kernels.attention import AttentionBatch, KVLayout, paged_attention
 from torch import Tensor
 
 from llmtool.models.ops import Rotation, linear, rms_norm, rotate
+from llmtool.models.part import Part
 from llmtool.models.weights import AttentionWeights, LatentAttentionWeights
 from llmtool.modelspec import AttentionSpec, LatentSpec, LayerSpec, NormSpec
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """A norm over all heads of a token, of which a stage's ranks have parts (OLMo-2). heads, kv_heads: of the whole
+    layer; owns_kv: no rank before this one has the same KV heads."""
+
+    part: Part
+    heads: int
+    kv_heads: int
+    owns_kv: bool
+
+    @classmethod
+    def of(cls, part: Part, i: int) -> QKNorm | None:
+        """For layer i of the rank's; None where norms, if any, are over single heads."""
+        shard = part.shard
+        a = shard.whole.attention_of(shard.whole.layers[shard.layers[i]])
+        if a.qk_norm != "all":
+            return None
+        return cls(part, a.num_heads, a.num_kv_heads, shard.parts[i].owns_kv)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, w: AttentionWeights, dim: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """q [N, own heads * dim], k [N, own KV heads * dim], normed."""
+        assert w.q_norm is not None and w.k_norm is not None
+        squares = torch.stack(
+            [q.float().square().sum(-1), k.float().square().sum(-1) * float(self.owns_kv)], dim=-1
+        )  # [N, 2]
+        squares = self.part.peers.sum(squares)
+        means = squares / squares.new_tensor([self.heads * dim, self.kv_heads * dim])
+        scales = torch.rsqrt(means + eps)
+        q = (q.float() * scales[:, :1]).to(q.dtype) * w.q_norm
+        k = (k.float() * scales[:, 1:]).to(k.dtype) * w.k_norm
+        return q, k
+
 
 LayerKV = tuple[Tensor, KVLayout, AttentionBatch]  # the arena, where this layer lies in its pages, the step
 
@@ -22,23 +61,28 @@ def attend(
     layer: LayerSpec,
     rotation: Rotation | None,
     kv: LayerKV,
+    norm: QKNorm | None = None,
 ) -> Tensor:
-    """Attention's output [N, hidden] for x [N, hidden]; writes the step's KV."""
+    """Attention's output [N, hidden] for x [N, hidden]; writes the step's KV. norm: over heads of other ranks
+    too."""
     heads, kv_heads, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
     qkv = linear(x, w.qkv, w.qkv_bias)
     q, k, v = qkv.split((heads * dim, kv_heads * dim, kv_heads * dim), dim=-1)
+    qk_norm = spec.qk_norm
+    if norm is not None:
+        (q, k), qk_norm = norm(q, k, w, dim, norms.eps), None
     if dispatch.on_gpu(qkv):
         from llmtool_kernels.gpu.attention import read_pages
         from llmtool_kernels.gpu.qkv import qkv_post
 
         q, k, v = (t.unflatten(-1, (-1, dim)) for t in (q, k, v))  # [N, heads, D]
-        q = qkv_post(q, k, v, *kv, spec.qk_norm, w.q_norm, w.k_norm, norms.eps, rotation)
+        q = qkv_post(q, k, v, *kv, qk_norm, w.q_norm, w.k_norm, norms.eps, rotation)
         out = read_pages(q, *kv, spec.scale, layer.window, spec.softcap, w.sinks)
         return linear(out.flatten(1), w.o, w.o_bias)
-    if spec.qk_norm == "all":
+    if qk_norm == "all":
         q, k = _normed(q, k, w, norms.eps)
     q, k, v = (t.unflatten(-1, (-1, dim)) for t in (q, k, v))  # [N, heads, D]
-    if spec.qk_norm == "head":
+    if qk_norm == "head":
         q, k = _normed(q, k, w, norms.eps)
     if rotation is not None:
         q, k = rotate(q, rotation), rotate(k, rotation)

@@ -102,11 +102,17 @@ def group_size(k: int, most: int) -> int:
 
 
 @torch.no_grad()
-def bind(spec: ModelSpec, weights: DecoderWeights, binder: Binder, progress: Progress | None = None) -> None:
+def bind(
+    spec: ModelSpec,
+    weights: DecoderWeights,
+    binder: Binder,
+    progress: Progress | None = None,
+    embedding: bool = False,
+) -> None:
     """Bind all matrices of `weights` in place, one after the other, so that memory grows by one at a time.
 
     Routers stay: a rounded score may choose another expert. So do latent attention's kv_up, which is used by
-    parts, and an embedding that is not tied.
+    parts, and an embedding that is not tied, unless `embedding` asks for it.
     """
     for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
         _attention(w.attention, binder)
@@ -126,6 +132,8 @@ def bind(spec: ModelSpec, weights: DecoderWeights, binder: Binder, progress: Pro
     weights.lm_head = binder(weights.lm_head, bits=HEAD_BITS)
     if spec.tied_embeddings:
         weights.embedding = weights.lm_head
+    elif embedding:
+        weights.embedding = binder(weights.embedding, bits=HEAD_BITS)
 
 
 def _attention(w: AttentionWeights | LatentAttentionWeights, binder: Binder) -> None:

@@ -25,6 +25,9 @@ from llmtool.models.weights import (
 from llmtool.modelspec import AttentionSpec, LatentSpec, Mamba2Spec, MixerSpec, ModelSpec
 
 Convert = Callable[[Tensor], Tensor]
+Cut = tuple[
+    tuple[int, tuple[range, ...]], ...
+]  # dimensions of a tensor, and the ranges of each that are read
 # Buffers that old exporters saved beside the weights; rotary frequencies are computed here.
 _BUFFERS = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)|.*\.masked_bias")
 _IMAGE_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
@@ -35,11 +38,13 @@ class Slot:
     """A view of the weights that a tensor fills, or views of one shape that lie behind each other in the file.
 
     shape: of the tensor in the file, where it is not the views'; convert: makes a view from it, or from its part.
+    cut: what of the tensor is read, where it is not all; shape is then that part's.
     """
 
     target: Tensor | Sequence[Tensor]
     convert: Convert | None = None
     shape: tuple[int, ...] | None = None
+    cut: Cut = ()
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -60,6 +65,22 @@ class Slot:
     @property
     def _views(self) -> Sequence[Tensor]:
         return [self.target] if isinstance(self.target, Tensor) else self.target
+
+
+def cut_shape(shape: Sequence[int], cut: Cut) -> tuple[int, ...]:
+    """Of what a cut leaves of a tensor."""
+    out = list(shape)
+    for dim, ranges in cut:
+        assert all(0 <= r.start <= r.stop <= shape[dim] for r in ranges), (shape, cut)
+        out[dim] = sum(len(r) for r in ranges)
+    return tuple(out)
+
+
+def apply_cut(tensor: Tensor, cut: Cut) -> Tensor:
+    for dim, ranges in cut:
+        parts = [tensor.narrow(dim, r.start, len(r)) for r in ranges]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    return tensor
 
 
 @dataclass(frozen=True, slots=True)

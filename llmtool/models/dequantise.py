@@ -13,6 +13,7 @@ from llmtool.errors import ModelError
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SCALE_BIAS = 127  # section 5.4: scales are powers of two, E8M0
 _FP8_BLOCK = 128
+_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}  # of quantised values
 
 
 def plain_tensors(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -22,7 +23,7 @@ def plain_tensors(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, 
     """
     waiting: dict[str, Tensor] = {}
     for name, tensor in tensors:
-        partner = _partner(name, tensor)
+        partner = _partner(name, tensor.dtype)
         if partner is None:
             yield name, tensor
         elif partner in waiting:
@@ -35,6 +36,19 @@ def plain_tensors(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, 
             f"The checkpoint has {', '.join(sorted(waiting)[:8])} without the other half (values and scales).",
             "Download it again.",
         )
+
+
+def is_plain(name: str, dtype: str) -> bool:
+    """Whether a tensor of a file is no half of a quantised one. dtype: as safetensors calls it."""
+    return _partner(name, _TYPES.get(dtype)) is None
+
+
+def plain_name(name: str) -> str:
+    """The plain tensor that a stored one is, or is a half of."""
+    for half, whole in (("_blocks", ""), ("_scales", ""), (".weight_scale_inv", ".weight")):
+        if name.endswith(half):
+            return name.removesuffix(half) + whole
+    return name
 
 
 def dequantise_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
@@ -57,12 +71,12 @@ def dequantise_fp8(weight: Tensor, scale: Tensor) -> Tensor:
     return (weight.float() * wide).to(torch.bfloat16)
 
 
-def _partner(name: str, tensor: Tensor) -> str | None:
+def _partner(name: str, dtype: torch.dtype | None) -> str | None:
     """The other half of a quantised tensor; None for a plain one."""
     for values, scales in (("_blocks", "_scales"), (".weight", ".weight_scale_inv")):
         if name.endswith(scales):
             return name.removesuffix(scales) + values
-        if name.endswith(values) and tensor.dtype in (torch.uint8, torch.float8_e4m3fn):
+        if name.endswith(values) and dtype in _TYPES.values():
             return name.removesuffix(values) + scales
     return None
 

@@ -18,6 +18,13 @@ def embed(ids: Tensor, table: Matrix, dtype: torch.dtype) -> Tensor:
     return F.embedding(ids, table) if isinstance(table, Tensor) else table.rows(ids).to(dtype)
 
 
+def embed_part(ids: Tensor, table: Matrix, dtype: torch.dtype, rows: range) -> Tensor:
+    """The same where the table has only these rows of the vocabulary: others are zero."""
+    here = (ids >= rows.start) & (ids < rows.stop)
+    found = embed(torch.where(here, ids - rows.start, 0), table, dtype)
+    return found.masked_fill(~here[:, None], 0)
+
+
 def linear(x: Tensor, weight: Matrix, bias: Tensor | None = None) -> Tensor:
     """x [N, in] by weight [out, in] -> [N, out]. A bound weight has its bias with it."""
     return F.linear(x, weight, bias) if isinstance(weight, Tensor) else weight(x)

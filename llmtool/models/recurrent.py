@@ -15,6 +15,7 @@ from llmtool_kernels.attention import UNIT
 from torch import Tensor
 
 from llmtool.models.ops import linear
+from llmtool.models.part import Part
 from llmtool.models.weights import Mamba2Weights, MixerWeights, ShortConvWeights
 from llmtool.modelspec import Mamba2Spec, MixerSpec
 
@@ -61,12 +62,15 @@ def state_rows(arena: Tensor, offset: int, width: int, dtype: torch.dtype) -> Te
     return elements.as_strided(((elements.numel() - start - width) // unit + 1, width), (unit, 1), start)
 
 
-def mix(x: Tensor, w: MixerWeights, spec: MixerSpec, eps: float, state: LayerState) -> Tensor:
-    """What the layer returns, [N, hidden], for x [N, hidden]; its states move on."""
+def mix(
+    x: Tensor, w: MixerWeights, spec: MixerSpec, eps: float, state: LayerState, part: Part | None = None
+) -> Tensor:
+    """What the layer returns, [N, hidden], for x [N, hidden]; its states move on. part: whose heads these are,
+    where they are not all; what is returned is then to be summed."""
     if isinstance(w, ShortConvWeights):
         return _short_conv(x, w, state)
     assert isinstance(spec, Mamba2Spec)
-    return _mamba2(x, w, spec, eps, state)
+    return _mamba2(x, w, spec, eps, state, part)
 
 
 def _short_conv(x: Tensor, w: ShortConvWeights, state: LayerState) -> Tensor:
@@ -75,7 +79,9 @@ def _short_conv(x: Tensor, w: ShortConvWeights, state: LayerState) -> Tensor:
     return linear(c * mixed, w.out, w.out_bias)
 
 
-def _mamba2(x: Tensor, w: Mamba2Weights, spec: Mamba2Spec, eps: float, state: LayerState) -> Tensor:
+def _mamba2(
+    x: Tensor, w: Mamba2Weights, spec: Mamba2Spec, eps: float, state: LayerState, part: Part | None
+) -> Tensor:
     z, channels, steps = linear(x, w.into, w.into_bias).split(
         (spec.inner, spec.channels, spec.num_heads), dim=-1
     )
@@ -91,10 +97,10 @@ def _mamba2(x: Tensor, w: Mamba2Weights, spec: Mamba2Spec, eps: float, state: La
         c.unflatten(-1, (spec.num_groups, -1)),
     )
     y = _run(state, scan, *parts) + w.skip[:, None] * parts[0]
-    return linear(_gate(y.flatten(1), z, w, spec, eps).to(x.dtype), w.out, w.out_bias)
+    return linear(_gate(y.flatten(1), z, w, spec, eps, part).to(x.dtype), w.out, w.out_bias)
 
 
-def _gate(y: Tensor, z: Tensor, w: Mamba2Weights, spec: Mamba2Spec, eps: float) -> Tensor:
+def _gate(y: Tensor, z: Tensor, w: Mamba2Weights, spec: Mamba2Spec, eps: float, part: Part | None) -> Tensor:
     """y [N, inner] in float32, its gate z."""
     gate = F.silu(z.float())
     if w.norm is None:
@@ -102,8 +108,24 @@ def _gate(y: Tensor, z: Tensor, w: Mamba2Weights, spec: Mamba2Spec, eps: float) 
     if spec.gated_norm == "after":
         y = y * gate
     grouped = y.unflatten(-1, (spec.num_groups, -1))
-    y = F.rms_norm(grouped, (grouped.shape[-1],), None, eps).flatten(-2) * w.norm.float()
+    if part is None:
+        normed = F.rms_norm(grouped, (grouped.shape[-1],), None, eps)
+    else:
+        normed = grouped * torch.rsqrt(_group_means(grouped, part) + eps)[..., None]
+    y = normed.flatten(-2) * w.norm.float()
     return y if spec.gated_norm == "after" else y * gate
+
+
+def _group_means(y: Tensor, part: Part) -> Tensor:
+    """Mean squares [N, G] over groups of which other ranks may have heads too. y: [N, G, own channels]."""
+    shard = part.shard
+    mixers = {layer.mixer for layer in shard.whole.layers if isinstance(layer.mixer, Mamba2Spec)}
+    groups = {p.mixer_groups for p in shard.parts if p.mixer_groups}
+    (whole,), (mine,) = mixers, groups  # a family's mixers are alike
+    squares = y.new_zeros(len(y), whole.num_groups)
+    squares[:, mine.start : mine.stop] = y.square().sum(-1)
+    squares = part.peers.sum(squares)
+    return squares[:, mine.start : mine.stop] / (whole.inner // whole.num_groups)
 
 
 Step = Callable[..., tuple[Tensor, Tensor]]

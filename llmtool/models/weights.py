@@ -19,6 +19,7 @@ from llmtool.modelspec import (
     MoESpec,
     ShortConvSpec,
 )
+from llmtool.parallel.shard import Shard
 
 
 class BoundMatrix(Protocol):
@@ -118,13 +119,14 @@ class DenseWeights:
 
 @dataclass(slots=True)
 class ExpertWeights:
-    """router and correction are float32: a rounded score may choose another expert."""
+    """router and correction are float32: a rounded score may choose another expert. E: the experts that are here;
+    the router and its vectors are of all."""
 
-    router: Tensor  # [E, hidden]
+    router: Tensor  # [experts in all, hidden]
     gate_up: list[Matrix]  # E of [2 * inner, hidden], each in memory of its own, which goes when it is bound
     down: list[Matrix]  # E of [hidden, inner]
-    router_bias: Tensor | None = None  # [E]
-    correction: Tensor | None = None  # [E]
+    router_bias: Tensor | None = None  # [experts in all]
+    correction: Tensor | None = None  # [experts in all]
     gate_up_bias: Tensor | None = None  # [E, 2 * inner]
     down_bias: Tensor | None = None  # [E, hidden]
     shared: DenseWeights | None = None
@@ -187,6 +189,15 @@ def allocate(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> Decod
     return DecoderWeights(dtype, embedding, layers, new.norm(spec.hidden_size, spec), lm_head)
 
 
+def allocate_shard(shard: Shard, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """The same of what a rank holds. An embedding or head that is not needed there has no rows."""
+    new, spec = _Allocator(dtype, device), shard.spec
+    layers = [_layer(new, spec, layer) for layer in spec.layers]
+    embedding = new(len(shard.embedding), spec.hidden_size)
+    lm_head = embedding if spec.tied_embeddings else new(len(shard.head), spec.hidden_size)
+    return DecoderWeights(dtype, embedding, layers, new.norm(spec.hidden_size, spec), lm_head)
+
+
 @torch.no_grad()
 def fill_random(weights: DecoderWeights, seed: int) -> None:
     """Random weights of a trained model's scale, the same for a seed on every run of one device."""
@@ -243,13 +254,14 @@ def _layer(new: _Allocator, spec: ModelSpec, layer: LayerSpec) -> LayerWeights:
 def _mixer(new: _Allocator, mixer: MixerSpec, hidden: int) -> MixerWeights:
     conv = new(mixer.channels, mixer.kernel)
     if isinstance(mixer, ShortConvSpec):
+        channels = mixer.channels
         return ShortConvWeights(
-            into=new(3 * hidden, hidden),
-            out=new(hidden, hidden),
+            into=new(3 * channels, hidden),
+            out=new(hidden, channels),
             conv=conv,
-            into_bias=new(3 * hidden) if mixer.bias else None,
+            into_bias=new(3 * channels) if mixer.bias else None,
             out_bias=new(hidden) if mixer.bias else None,
-            conv_bias=new(hidden) if mixer.bias else None,
+            conv_bias=new(channels) if mixer.bias else None,
         )
     rows, heads = sum(mixer.parts), mixer.num_heads
     return Mamba2Weights(
@@ -309,13 +321,13 @@ def _dense(new: _Allocator, mlp: DenseSpec, hidden: int) -> DenseWeights:
 
 
 def _experts(new: _Allocator, moe: MoESpec, hidden: int) -> ExpertWeights:
-    experts, inner = moe.router.num_experts, moe.intermediate_size
+    experts, inner, routed = len(moe.experts), moe.intermediate_size, moe.router.num_experts
     return ExpertWeights(
-        router=new.float(experts, hidden),
+        router=new.float(routed, hidden),
         gate_up=[new(2 * inner, hidden) for _ in range(experts)],
         down=[new(hidden, inner) for _ in range(experts)],
-        router_bias=new.float(experts) if moe.router.bias else None,
-        correction=new.float(experts) if moe.router.correction else None,
+        router_bias=new.float(routed) if moe.router.bias else None,
+        correction=new.float(routed) if moe.router.correction else None,
         gate_up_bias=new(experts, 2 * inner) if moe.bias else None,
         down_bias=new(experts, hidden) if moe.bias else None,
         shared=_dense(new, DenseSpec(moe.shared_size), hidden) if moe.shared_size else None,

@@ -113,10 +113,10 @@ def _dense(mlp: DenseSpec, hidden: int) -> list[Shape]:
 
 
 def _moe(moe: MoESpec, hidden: int) -> list[Shape]:
-    experts, inner, shared = moe.router.num_experts, moe.intermediate_size, moe.shared_size
+    experts, inner, shared = len(moe.experts), moe.intermediate_size, moe.shared_size
     return [
-        ("router", experts, hidden),
-        ("router_bias", moe.router.bias + moe.router.correction, experts),
+        ("router", moe.router.num_experts, hidden),
+        ("router_bias", moe.router.bias + moe.router.correction, moe.router.num_experts),
         ("expert_gate_up", experts * 2 * inner, hidden),
         ("expert_down", experts * hidden, inner),
         ("expert_bias", experts * int(moe.bias), 2 * inner + hidden),

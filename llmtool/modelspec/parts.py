@@ -124,7 +124,8 @@ class RouterSpec:
 @dataclass(frozen=True, slots=True)
 class MoESpec:
     """A mixture of experts. intermediate_size: of one expert. shared_size: of the expert that every token visits,
-    0 for none; shared_gate: a sigmoid of the token weighs it."""
+    0 for none; shared_gate: a sigmoid of the token weighs it. held: the first expert that is here and the one after
+    the last, on a rank that does not hold them all."""
 
     router: RouterSpec
     intermediate_size: int
@@ -132,6 +133,12 @@ class MoESpec:
     bias: bool = False
     shared_size: int = 0
     shared_gate: bool = False
+    held: tuple[int, int] | None = None
+
+    @property
+    def experts(self) -> range:
+        """Those that are here."""
+        return range(self.router.num_experts) if self.held is None else range(*self.held)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtool.errors import LLMToolError, UsageError
+from llmtool.plan.runnable import why_no_engine
 from llmtool.sim.deployment import Deployment, Drafting
 from llmtool.sim.parallel import ParallelPlan
 
@@ -142,17 +143,25 @@ def _drafting(data: Mapping[str, Any], table: Mapping[str, Any]) -> Drafting | N
 
 
 def serve_settings(path: str | Path) -> dict[str, Any]:
-    """The settings with which a plan is served. Raises UsageError for one whose engines take several devices."""
+    """The settings with which `serve` runs a plan: processes for the ranks of its engines, engines behind a router.
+    Raises UsageError for a plan that this server has no way to run."""
     file = read_plan(path)
-    if file.plan.engine > 1:
+    plan = file.plan
+    why = why_no_engine(plan)
+    if why:
         raise UsageError(
-            f"The plan {path} has engines of {file.plan.engine} devices ({file.plan}), and this server's are one "
-            "process each.",
-            "Run the plan's vllm or sglang line, or plan with --num-devices 1.",
+            f"The plan {path} ({plan}) is not for this server: {why}.",
+            "Run the plan's vllm or sglang line, or plan with --engine llmtool.",
         )
     degrees: dict[str, Any] = {}
     if file.disaggregate:
         degrees["disaggregate"] = file.disaggregate
-    elif file.plan.dp > 1:
-        degrees["data_parallel_size"] = file.plan.dp
+    elif plan.dp > 1:
+        degrees["data_parallel_size"] = plan.dp
+    if plan.engine > 1:
+        degrees |= {"tensor_parallel_size": plan.tp, "pipeline_parallel_size": plan.pp}
+    if plan.ep > 1:
+        degrees["enable_expert_parallel"] = True
+    if len(set(plan.layers)) > 1:
+        degrees["pipeline_layers"] = plan.layers
     return dict(file.settings) | degrees

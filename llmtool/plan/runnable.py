@@ -24,4 +24,17 @@ def why_not_runnable(engine: str, plan: ParallelPlan, ir: ModelIR) -> str:
         return f"{engine} has neither attention-DP nor expert parallelism."
     if engine == "vllm" and plan.ep not in (1, plan.stage):
         return f"{engine} spreads experts over all {plan.stage} devices of a stage, or cuts each of them over all."
+    if engine == "llmtool" and (why := why_no_engine(plan)):
+        return f"llmtool cannot run it: {why}."
+    return ""
+
+
+def why_no_engine(plan: ParallelPlan) -> str:
+    """Why one engine of this project cannot run its share of a plan, as a clause; "" where it can."""
+    if plan.attention_dp > 1:
+        return f"attention has {plan.attention_dp} groups of its own, and here a stage has one"
+    if plan.ep not in (1, plan.stage):
+        return (
+            f"experts come in {plan.ep} groups, and here in one or on each of {plan.stage} devices of a stage"
+        )
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmtool.config import EngineConfig
+from llmtool.errors import UsageError
 from llmtool.models.resolve import resolve
 from llmtool.modelspec import EncoderSpec
 from llmtool.runtime.parts import EngineParts, PoolingParts, Progress
@@ -20,9 +21,18 @@ def build(config: EngineConfig, progress: Progress) -> EngineParts | PoolingPart
 
     directory = resolve(config.model, config.revision, converting)
     if EncoderSpec.is_encoder(directory):
+        if config.ranks > 1:
+            raise UsageError(
+                f"{config.model} is an encoder, which runs on one rank.",
+                "Leave out --tensor-parallel-size and --pipeline-parallel-size.",
+            )
         from llmtool.runtime.pooling_executor import build_pooling
 
         return build_pooling(config, directory, progress)
+    if config.ranks > 1:
+        from llmtool.runtime.parallel.executor import build_parallel
+
+        return build_parallel(config, directory, progress)
     from llmtool.runtime.executor import build_engine
 
     return build_engine(config, progress)

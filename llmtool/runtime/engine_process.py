@@ -40,6 +40,7 @@ from llmtool.runtime.spec_state import Learned
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # the parent's business, also when the whole group gets them
 PAUSE = 0.5  # seconds without a request before the engine gets ready what only some requests need
 QUIET = 5.0  # the same, before it checks itself
+HEALTH = 0.5  # and between looks at whether the other ranks, if there are any, are still there
 COMMANDS_PER_STEP = 256
 STATS_INTERVAL = 0.1  # seconds between snapshots while the engine is busy
 
@@ -63,6 +64,7 @@ def main(connection: Connection, config: EngineConfig, factory: str, parent: int
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the parent held them until here
     log_file = link = None
+    close: Callable[[], None] | None = None
     try:
         started = time.monotonic()
         place.take()
@@ -70,8 +72,9 @@ def main(connection: Connection, config: EngineConfig, factory: str, parent: int
         check_speculation(config.spec, config.proposer)
         log_file = _open_log(config.step_log)
         parts = _build(connection, config, factory)
-        drafts = learned = None
+        drafts = learned = health = None
         if isinstance(parts, EngineParts):
+            health, close = parts.health, parts.close
             drafts = speculator_of(config.spec, config.proposer, parts.drafter)
         if drafts is not None:
             learned = Learned(cache_dir(), parts.info, drafts.controller, config.proposer)
@@ -81,7 +84,7 @@ def main(connection: Connection, config: EngineConfig, factory: str, parent: int
             link = _link(parts, place.key)
             info = replace(info, kv_address=link.address)
         connection.send(("ready", info))
-        _Loop(connection, engine, parts.when_idle, learned, link).run()
+        _Loop(connection, engine, parts.when_idle, learned, link, health).run()
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the parent is gone
     except LLMToolError as error:
@@ -90,6 +93,8 @@ def main(connection: Connection, config: EngineConfig, factory: str, parent: int
         # The last line of defence: the parent must hear of it, whatever it was.
         _report(connection, EngineDead(f"The engine failed: {error!r}."), traceback.format_exc())
     finally:
+        if close is not None:
+            close()
         if log_file is not None:
             log_file.close()
         if link is not None:
@@ -148,10 +153,12 @@ class _Loop:
         when_idle: Callable[[], None] | None = None,
         learned: Learned | None = None,
         link: KVLink | None = None,
+        health: Callable[[], None] | None = None,
     ) -> None:
         self._link = link
         self._lock = threading.Lock()  # the link's threads report, too
         self._learned = learned
+        self._health = health
         self._trips = 0
         self._connection = connection
         self._engine = engine
@@ -175,6 +182,8 @@ class _Loop:
                     self._when_idle = None
                 if not self._connection.poll(QUIET):
                     self._engine.scheduler.check()  # our own invariants, when nobody is kept waiting
+                while self._health is not None and not self._connection.poll(HEALTH):
+                    self._health()
                 self._handle(self._connection.recv())
             for _ in range(COMMANDS_PER_STEP):  # a flood of new requests must not starve the running ones
                 if not self._connection.poll():

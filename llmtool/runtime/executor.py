@@ -61,6 +61,52 @@ class _Outcome:
     errors: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _PromptPart:
+    """Prompt tokens of a sequence that are scored: their ids [n], the rows [n] before them, how many of the best to
+    list."""
+
+    id: str
+    count: int
+    targets: Ints
+    rows: Ints
+
+
+@dataclass(frozen=True, slots=True)
+class _Sampled:
+    """Sequences that are sampled: their drafts, the rows [S] of the step, the positions [S] and numbers [S] of the
+    tokens to come."""
+
+    ids: list[str]
+    places: SampledRows
+    rows: Ints
+    positions: Ints
+    num_outputs: Ints
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step that is computed and not yet sampled. hidden: [R, hidden] of the rows that are wanted, None where
+    another rank has it."""
+
+    out: SchedulerOutput
+    outcome: _Outcome
+    started: float
+    prompts: list[_PromptPart] = field(default_factory=list)
+    sampled: _Sampled | None = None
+    hidden: torch.Tensor | None = None
+
+    @property
+    def wanted(self) -> list[Ints]:
+        """Rows whose logits are asked for, chunk by chunk, in the order in which they are."""
+        return [part.rows for part in self.prompts] + ([self.sampled.rows] if self.sampled else [])
+
+
+def wanted_rows(chunks: Sequence[Ints]) -> Ints:
+    """All of them, chunk after chunk."""
+    return np.concatenate(chunks) if chunks else np.zeros(0, np.int64)
+
+
 class TorchExecutor:
     """Runs steps on a `Decoder` over a `KVStore`.
 
@@ -85,6 +131,7 @@ class TorchExecutor:
     ) -> None:
         self.model = model
         self.store = store
+        self.plan_groups = store.groups  # the tables that decisions name
         self._sequences = SequenceTable(store.groups, max_num_seqs, max_model_len)
         self._sampling = SamplingRows(max_num_seqs, model.spec.vocab_size, eos_token_ids, model.device)
         self._layers, self._states = store.places(), store.states()
@@ -101,30 +148,36 @@ class TorchExecutor:
         self._logprobs: dict[int, int] = {}  # row -> how many of the best tokens to list
         self._prompt_logprobs: dict[int, int] = {}  # the same, for rows whose prompt is asked about
         self._failed: dict[str, str] = {}  # sequences that could not be taken in, until they are forgotten
-        self._results: deque[StepResult] = deque()
+        self._begun: deque[_Step] = deque()
+        self._finished = 0.0  # when the last step was
 
     # -- the port ------------------------------------------------------------------------------------------
 
     def submit(self, out: SchedulerOutput) -> None:
-        started = time.perf_counter()
         with torch.inference_mode():
-            result = self._run(out)
-        result.seconds = time.perf_counter() - started
-        self._results.append(result)
+            self._begun.append(self._begin(out))
 
     def collect(self) -> StepResult:
-        return self._results.popleft()
+        step = self._begun.popleft()
+        with torch.inference_mode():
+            result = self._finish(step)
+        # With several steps in flight a step takes as long as the one before it is gone.
+        now = time.perf_counter()
+        result.seconds = now - max(step.started, self._finished)
+        self._finished = now
+        return result
 
     def warmup(self) -> None:
         """Run a page of prompt and one decoding step, so that the first request finds libraries loaded and
         buffers allocated. Before any request only: it writes page 0."""
-        groups = self.store.groups
+        groups = self.plan_groups
         n = min(*(group.tokens_per_page for group in groups), self._sequences.tokens.shape[1])
         new = NewRequest("warmup", [0] * n, n, SamplingParams(temperature=0), 0, [[0] for _ in groups])
         for entry in (ScheduledRequest("warmup", 0, n, False), ScheduledRequest("warmup", n - 1, 1, True)):
             self.submit(SchedulerOutput(-1, new=[new], scheduled=[entry], num_tokens=entry.num_tokens))
+            self.collect()
         self.submit(SchedulerOutput(-1, finished=["warmup"]))
-        self._results.clear()
+        self.collect()
 
     def prepare_grammars(self) -> None:
         """Make the grammar compiler ahead of the first sequence that needs it, which would hold up a step by it."""
@@ -138,7 +191,9 @@ class TorchExecutor:
 
     # -- a step --------------------------------------------------------------------------------------------
 
-    def _run(self, out: SchedulerOutput) -> StepResult:
+    def _begin(self, out: SchedulerOutput) -> _Step:
+        """Apply a decision and compute the step's hidden states."""
+        step = _Step(out, _Outcome(), time.perf_counter())
         # A preempted sequence comes back as a new one, tokens and all.
         for seq in (*out.finished, *out.preempted):
             self._forget(seq)
@@ -152,10 +207,23 @@ class TorchExecutor:
                 self.store.write(moved.entries, moved.kv)
             except ValueError as error:
                 self._failed[moved.id] = str(error)
-        outcome = _Outcome()
-        self._note_tokens(out.scheduled, outcome)
+        self._note_tokens(out.scheduled, step.outcome)
         if out.scheduled:
-            self._execute(out.scheduled, outcome)
+            self._execute(step)
+        return step
+
+    def _finish(self, step: _Step) -> StepResult:
+        """Score and sample what `_begin` has computed."""
+        out, outcome, at = step.out, step.outcome, 0
+        for part in step.prompts:
+            logits, count = self._logits(step.hidden, at, len(part.rows)), len(part.rows)
+            targets = torch.from_numpy(part.targets).to(logits.device)
+            scores = token_logprobs(logits, targets, [part.count] * count)
+            outcome.prompt_logprobs[part.id] = [*outcome.prompt_logprobs.get(part.id, []), *scores]
+            at += count
+        if step.sampled is not None:
+            logits = self._logits(step.hidden, at, len(step.sampled.rows))
+            self._sample(step.sampled, logits, outcome)
         tokens = [outcome.tokens.get(e.id, []) for e in out.scheduled]
         return StepResult(out.step_id, tokens, outcome.logprobs, outcome.prompt_logprobs, outcome.errors)
 
@@ -209,42 +277,51 @@ class TorchExecutor:
             if problem:
                 outcome.errors[entry.id] = problem
 
-    def _execute(self, scheduled: list[ScheduledRequest], outcome: _Outcome) -> None:
+    def _execute(self, step: _Step) -> None:
+        scheduled = step.out.scheduled
         rows = self._sequences.apply(scheduled)
         inputs = self._sequences.inputs(scheduled, rows, self.model.device)
-        which = np.flatnonzero([e.sample and e.id not in outcome.errors for e in scheduled])
-        sampled = [scheduled[i] for i in which]
-        places = SampledRows.of([e.draft for e in sampled], rows[which])
-        last = places.spread(inputs.ends[which] - places.drafted) + places.offsets - 1
-        wanted = torch.from_numpy(last).to(self.model.device)
-        if self._graphs is None and not self._prompt_logprobs and len(last) < len(inputs.input_ids):
-            kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
-            hidden = self.model.forward(inputs.input_ids, inputs.positions, kv, wanted)  # [S, hidden]
-        else:
-            every = self._forward(inputs)  # [N, hidden]
-            if self._prompt_logprobs:
-                self._score_prompts(scheduled, inputs, every, outcome)
-            hidden = every[wanted]
-        if sampled:
-            positions = (
-                places.spread((inputs.starts + inputs.lengths)[which] - places.drafted) + places.offsets
+        if self._prompt_logprobs:
+            step.prompts = self._prompt_parts(scheduled, inputs)
+        which = np.flatnonzero([e.sample and e.id not in step.outcome.errors for e in scheduled])
+        if len(which):
+            sampled = [scheduled[i] for i in which]
+            places = SampledRows.of([e.draft for e in sampled], rows[which])
+            last = places.spread(inputs.ends[which] - places.drafted) + places.offsets - 1
+            ends = (inputs.starts + inputs.lengths)[which]
+            positions = places.spread(ends - places.drafted) + places.offsets
+            outputs = self._sequences.num_tokens[places.rows] - self._sequences.num_prompt[places.rows]
+            step.sampled = _Sampled(
+                [e.id for e in sampled], places, last, positions, outputs + places.offsets
             )
-            logits = self.model.logits(hidden)  # [S, V]
-            self._sample([e.id for e in sampled], places, positions, logits, outcome)
+        step.hidden = self._forward(step, inputs)
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
-        if self._graphs is not None:
-            return self._graphs.forward(inputs)
+    def _forward(self, step: _Step, inputs: StepInputs) -> torch.Tensor | None:
+        """Hidden states [R, hidden] of the rows of `step.wanted`, chunk after chunk; None where another rank has
+        them."""
+        rows = wanted_rows(step.wanted)
         kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
-        return self.model.forward(inputs.input_ids, inputs.positions, kv)
+        if self._graphs is None and len(rows) < len(inputs.input_ids):
+            wanted = torch.from_numpy(rows).to(self.model.device)
+            return self.model.forward(inputs.input_ids, inputs.positions, kv, wanted)
+        if self._graphs is None:
+            every = self.model.forward(inputs.input_ids, inputs.positions, kv)
+        else:
+            every = self._graphs.forward(inputs)
+        return every[torch.from_numpy(rows).to(every.device)]
 
-    def _sample(
-        self, ids: list[str], places: SampledRows, positions: Ints, logits: torch.Tensor, outcome: _Outcome
-    ) -> None:
+    def _logits(self, hidden: torch.Tensor | None, begin: int, count: int) -> torch.Tensor:
+        """float32 [count, vocab] of rows of what `_forward` returned; asked for chunk by chunk, in their order."""
+        assert hidden is not None
+        return self.model.logits(hidden[begin : begin + count])
+
+    def _sample(self, step: _Sampled, logits: torch.Tensor, outcome: _Outcome) -> None:
+        ids, places, positions = step.ids, step.places, step.positions
         rows = places.rows
         mask, broken = self._grammar_mask(places)
-        num_outputs = self._sequences.num_tokens[rows] - self._sequences.num_prompt[rows] + places.offsets
-        sampled, peaks = sample(logits, self._sampling, rows, positions, num_outputs, mask, places.ahead())
+        sampled, peaks = sample(
+            logits, self._sampling, rows, positions, step.num_outputs, mask, places.ahead()
+        )
         for i in torch.nonzero(~torch.isfinite(peaks)).flatten().tolist():
             broken.setdefault(i, _why_not(peaks[i].item(), int(positions[i])))
         kept: list[int] = []
@@ -262,10 +339,9 @@ class TorchExecutor:
         for i, logprob in zip(asked, token_logprobs(logits[at], sampled[at], counts), strict=True):
             outcome.logprobs.setdefault(ids[places.owners[i]], []).append(logprob)
 
-    def _score_prompts(
-        self, scheduled: list[ScheduledRequest], inputs: StepInputs, hidden: torch.Tensor, outcome: _Outcome
-    ) -> None:
-        """Log-probabilities of the prompt tokens that this step's positions predict."""
+    def _prompt_parts(self, scheduled: Sequence[ScheduledRequest], inputs: StepInputs) -> list[_PromptPart]:
+        """The prompt tokens that this step's positions predict, of sequences that want them scored."""
+        parts = []
         for row, entry, end in zip(inputs.rows.tolist(), scheduled, inputs.ends.tolist(), strict=True):
             if row not in self._prompt_logprobs:
                 continue
@@ -274,15 +350,13 @@ class TorchExecutor:
             computed = entry.start + entry.num_tokens
             targets = self._sequences.tokens[row, entry.start + 1 : min(computed + 1, num_prompt)]
             begin = end - entry.num_tokens
-            scores: list[TokenLogprob] = []
             for at in range(0, len(targets), ROWS_AT_ONCE):
-                part = torch.from_numpy(targets[at : at + ROWS_AT_ONCE].astype(np.int64)).to(hidden.device)
-                logits = self.model.logits(hidden[begin + at : begin + at + len(part)])
-                scores += token_logprobs(logits, part, [count] * len(part))
-            if scores:
-                outcome.prompt_logprobs[entry.id] = scores
+                part = targets[at : at + ROWS_AT_ONCE].astype(np.int64)
+                rows = np.arange(begin + at, begin + at + len(part), dtype=np.int64)
+                parts.append(_PromptPart(entry.id, count, part, rows))
             if computed >= num_prompt - 1:
                 del self._prompt_logprobs[row]
+        return parts
 
     # -- grammars ------------------------------------------------------------------------------------------
 
@@ -345,8 +419,8 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     kv_dtype = pick_kv_dtype(config.kv_cache_dtype, device)
     num_threads = set_threads(config.num_threads)
     progress("Finding the model", 0.0)
-    directory = resolve(config.model, config.revision, _fraction(progress, "Converting the model"))
-    loading = _fraction(progress, "Loading weights")
+    directory = resolve(config.model, config.revision, fraction(progress, "Converting the model"))
+    loading = fraction(progress, "Loading weights")
     model = load(
         directory,
         dtype,
@@ -358,7 +432,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
         config.quantization,
     )
     spec = model.spec
-    tokenizer_dir = directory if config.tokenizer is None else _tokenizer_dir(config)
+    tokenizer_dir = directory if config.tokenizer is None else tokenizer_dir_of(config)
     drafter = make_drafter(config, model, tokenizer_dir)  # its memory is taken before the pages are counted
     caches = spec.layer_cache_specs((kv_dtype or dtype).itemsize, dtype.itemsize)
     group = uniform_group(caches, config.block_size)
@@ -376,10 +450,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     # Most config.json name the end of sequence; without it, only the tokenizer knows.
     eos = spec.eos_ids or tuple(i for i in [Tokenizer.from_dir(tokenizer_dir).eos_id] if i is not None)
 
-    def grammars() -> GrammarCompiler:
-        text = Tokenizer.from_dir(tokenizer_dir).backend.to_str()
-        return GrammarCompiler(grammar_tokenizer(text, spec.vocab_size, eos))
-
+    grammars = grammar_factory(tokenizer_dir, spec.vocab_size, eos)
     scales = None if kv_dtype is None else checked(model.kv_scales)
     groups = (group,) if plan is None else plan.groups
     store = KVStore(groups, budget.num_pages, budget.host_pages, device, kv_dtype, scales, sizes.page_bytes)
@@ -388,9 +459,7 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     progress("Warming up", 1.0)
     executor.warmup()
     scheduler = config.scheduler(budget.max_model_len)
-    info = _describe(
-        config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads, aot_bytes
-    )
+    info = describe(config, executor, scheduler, str(tokenizer_dir), eos, activations, num_threads, aot_bytes)
     return EngineParts(
         executor,
         plan or group,
@@ -403,7 +472,19 @@ def build_engine(config: EngineConfig, progress: Progress) -> EngineParts:
     )
 
 
-def _describe(
+def grammar_factory(
+    tokenizer_dir: Path, vocab_size: int, eos: tuple[int, ...]
+) -> Callable[[], GrammarCompiler]:
+    """Makes the compiler of grammars for a tokenizer."""
+
+    def make() -> GrammarCompiler:
+        text = Tokenizer.from_dir(tokenizer_dir).backend.to_str()
+        return GrammarCompiler(grammar_tokenizer(text, vocab_size, eos))
+
+    return make
+
+
+def describe(
     config: EngineConfig,
     executor: TorchExecutor,
     scheduler: SchedulerConfig,
@@ -413,6 +494,7 @@ def _describe(
     num_threads: int,
     aot_bytes: int,
 ) -> EngineInfo:
+    """What an engine says of itself."""
     model, store = executor.model, executor.store
     return EngineInfo(
         model=config.model,
@@ -440,12 +522,13 @@ def _describe(
     )
 
 
-def _tokenizer_dir(config: EngineConfig) -> Path:
+def tokenizer_dir_of(config: EngineConfig) -> Path:
     """A tokenizer of its own: a directory needs no model in it."""
     assert config.tokenizer is not None
     path = Path(config.tokenizer).expanduser()
     return path if path.is_dir() else resolve(config.tokenizer, config.revision)
 
 
-def _fraction(progress: Progress, what: str) -> Callable[[int, int], None]:
+def fraction(progress: Progress, what: str) -> Callable[[int, int], None]:
+    """For who counts bytes."""
     return lambda done, total: progress(what, done / total if total else 1.0)

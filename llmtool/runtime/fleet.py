@@ -65,7 +65,7 @@ class Fleet:
         each = replace(config, device=device)
         self.replicas = [
             Replica(place.number, role, each, factory, replace(place, key=key), care, self._on_change)
-            for place, role in zip(places(config.engines, 1, config.device), roles, strict=True)
+            for place, role in zip(places(config.engines, config.ranks, config.device), roles, strict=True)
         ]
 
     @classmethod

@@ -107,7 +107,8 @@ def memory_bytes(info: Sizes, stats: EngineStats) -> dict[str, int]:
 class EngineParts:
     """An executor, ready to run, and what the policy must know to drive it. pages: what num_pages and host_pages
     count: pages of a group, or large pages of a plan. when_idle: called once, in the first pause between requests,
-    to get ready what only some of them need. drafter: a model that drafts.
+    to get ready what only some of them need. drafter: a model that drafts. health: raises EngineDead where the
+    executor cannot go on, also while nothing runs. close: ends what the executor has started.
     """
 
     executor: Executor
@@ -118,6 +119,8 @@ class EngineParts:
     info: EngineInfo
     when_idle: Callable[[], None] | None = None
     drafter: BatchProposer | None = None
+    health: Callable[[], None] | None = None
+    close: Callable[[], None] | None = None
 
     def allocator(self, prefix_caching: bool = True) -> KVAllocator:
         """For a new scheduler over these pages."""

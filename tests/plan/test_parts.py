@@ -126,14 +126,26 @@ def test_a_plan_file_comes_back(tmp_path: Path) -> None:
     back = read_plan(tmp_path / "p.toml")
     assert back.plan == plan and back.model == "toy" and back.device == "h100" and back.engine == "test"
     assert back.settings["max_num_batched_tokens"] == 128 and back.prediction["mean_tpot_ms"] == 1.23
-    with pytest.raises(UsageError, match="engines of 4 devices"):
-        serve_settings(tmp_path / "p.toml")
     write_plan(tmp_path / "dp.toml", "toy", "cpu", deployment(ParallelPlan(dp=3)), {}, 0.15)
     assert serve_settings(tmp_path / "dp.toml")["data_parallel_size"] == 3
     write_plan(tmp_path / "split.toml", "toy", "cpu", deployment(ParallelPlan(dp=3)), {}, 0.15, "1:2")
     settings = serve_settings(tmp_path / "split.toml")
     assert settings["disaggregate"] == "1:2" and "data_parallel_size" not in settings
     assert read_plan(tmp_path / "split.toml").disaggregate == "1:2" and back.disaggregate == ""
+    parallel = serve_settings(tmp_path / "p.toml")
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers")
+    assert [parallel[k] for k in sizes] == [2, 2, (5, 3)] and "enable_expert_parallel" not in parallel
+    for other, why in (
+        (ParallelPlan(tp=2, attention_dp=2), "2 groups of its own"),
+        (ParallelPlan(tp=4, ep=2), "experts come in 2 groups"),
+    ):
+        write_plan(tmp_path / "other.toml", "toy", "h100", deployment(other, mixture()), {}, 0.15)
+        with pytest.raises(UsageError, match=why):
+            serve_settings(tmp_path / "other.toml")
+    write_plan(
+        tmp_path / "experts.toml", "toy", "h100", deployment(ParallelPlan(tp=4, ep=4), mixture()), {}, 0.15
+    )
+    assert serve_settings(tmp_path / "experts.toml")["enable_expert_parallel"] is True
     write_plan(tmp_path / "one.toml", "toy", "cpu", deployment(ParallelPlan()), {}, 0.15)
     assert serve_settings(tmp_path / "one.toml")["max_num_seqs"] == 16
     drafting = Drafting("auto", 0.7, 0.5)

@@ -383,7 +383,7 @@ def test_warmup_leaves_no_trace(tiny: TinyModel) -> None:
     executor = tiny.executor()
     executor.warmup()
     assert not executor._sequences.row_of
-    assert not executor._results
+    assert not executor._begun
     script = Script(executor)
     script.add("a", [3, 4, 5, 6, 7])
     script.run(["a"], 5)
