@@ -14,7 +14,7 @@ of what a prompt shares with an earlier one that need not be computed again.
 - hindsight: the same for each model: what the prompts to come will read at the places where they part (blocks,
   windows, states) is kept in the same bytes, what is read again last goes first. It is told where prompts part,
   so it keeps a state or window for nothing else; no allocator that serves them can know.
-- mooncake: the recorded trace's prompts in turn, in blocks of its 512 tokens, by memory for so many tokens of full
+- mooncake: the recorded trace's first 1,500 prompts in turn, in blocks of its 512 tokens, by memory for so many tokens of full
   attention; the hits are parts of all prompt tokens. lru: least recently used blocks of a full-attention model in
   as many bytes.
 
@@ -45,6 +45,7 @@ from llmtool.sim.catalogue import geometry_of
 
 CONTEXT, SESSIONS, BLOCK, STEP = 8000, 12, 16, 512
 MODELS = ("llama-3.1-8b", "gemma-3-27b", "gpt-oss-20b", "falcon-h1-1.5b", "lfm2-1.2b")
+TRACED, REQUESTS = ("llama-3.1-8b", "gemma-3-27b", "lfm2-1.2b"), 1500  # of the recorded trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +229,7 @@ def mooncake(share: float) -> dict[str, float]:
     path = Path(os.environ.get("LLMTOOL_DATA", "../shared/data")) / "traces/mooncake_synthetic_trace.jsonl"
     if not path.exists():
         raise SystemExit(f"{path} is not there: set LLMTOOL_DATA, or give --without-trace.")
-    ids = [json.loads(line)["hash_ids"] for line in path.read_text().splitlines()]
+    ids = [json.loads(line)["hash_ids"] for line in path.read_text().splitlines()[:REQUESTS]]
     total = 512 * sum(map(len, ids))
     tokens = round(share * 512 * len({i for row in ids for i in row}))
     row: dict[str, float] = {}
@@ -288,7 +289,7 @@ def main() -> None:
         sys.stderr.write(f"{workload}: {rows[workload]}\n")
     trace = {}
     if not args.without_trace:
-        for share in (0.05, 0.2):
+        for share in (0.1, 0.3):
             trace[f"{share:.0%} of its blocks"] = mooncake(share)
             sys.stderr.write(f"mooncake: {trace}\n")
     save("memory_hits", {"simulated": True, "hit_rate_percent": rows, "mooncake_percent": trace})
