@@ -13,10 +13,10 @@ of what a prompt shares with an earlier one that need not be computed again.
   full attention has room for more sessions, and may still beat it.
 - hindsight: the same for each model: what the prompts to come will read at the places where they part (blocks,
   windows, states) is kept in the same bytes, what is read again last goes first. It is told where prompts part,
-  so it keeps a state or window for nothing else; no allocator that serves them can know.
-- mooncake: the recorded trace's first 1,500 prompts in turn, in blocks of its 512 tokens, by memory for so many tokens of full
-  attention; the hits are parts of all prompt tokens. lru: least recently used blocks of a full-attention model in
-  as many bytes.
+  which nobody who serves them can know; points spread over a text may still do as well.
+- mooncake: the recorded trace's first 1,500 prompts in turn, in blocks of its 512 tokens, by memory for a part of
+  them in full attention; the hits are parts of all prompt tokens. lru: least recently used blocks of a
+  full-attention model in as many bytes.
 
 python benchmarks/memory_hits.py [--without-trace]
 """
