@@ -137,7 +137,8 @@ class TwoLevelAllocator:
         """hints: lengths of prefixes that later prompts may share, such as ends of chat messages."""
         assert seq not in self._seqs and max_new >= 1
         state = self._new(token_ids, salt, hints)
-        hit, kind = 0, None
+        hit = 0
+        kind: int | None = None
         if self.prefix_caching:
             if self._waiting is not None and self._waiting[:3] == (seq, token_ids, state.root):
                 state.hashes = self._waiting[3]  # one that waits at the queue's head asks in every step
@@ -188,7 +189,7 @@ class TwoLevelAllocator:
         get = self.cache.index.get
         # Without a type that keeps everything, what lies before all windows may be gone.
         found = [get(key) for key in state.hashes[:hit]]
-        blocks = [() if block is None else block.pages for block in found]
+        blocks: list[list[int]] = [[] if block is None else block.pages for block in found]
         for t in self.tables:
             count, column, per_block = hit * t.per_block, t.columns.start, t.per_block
             first = count - 1 if t.is_state else min(count, t.first_live(state.length) // t.tokens)
