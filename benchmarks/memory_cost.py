@@ -1,8 +1,9 @@
 """What the two-level allocator costs in CPU time, on Gemma-3-27B's seven block tables.
 
 - step: `extend` and `advance` of one decoding request, 256 together, per request and step, over 512 steps.
-- begin: a prompt of 2,000 tokens that is cached; and the same prompt's hashes alone, to be taken off.
-- unseen: the same of a prompt that is not cached.
+- begin: a prompt of 2,000 tokens that is cached, all its pages taken over; unseen: of one that is not, all its
+  pages taken.
+- hashing, lookup: the same prompt's hashes alone, and finding its longest hit once they are known.
 
 python benchmarks/memory_cost.py [--repeats 7]
 """
@@ -15,8 +16,9 @@ import time
 
 from common import save
 
-from llmtool.core.memory.hashing import page_hash, root_hash
+from llmtool.core.memory.hashing import chain, root_hash
 from llmtool.core.memory.page_plan import plan_pages
+from llmtool.core.memory.sequence_pages import SequencePages
 from llmtool.core.memory.two_level import TwoLevelAllocator
 from llmtool.sim.catalogue import geometry_of
 
@@ -65,11 +67,24 @@ def hashing() -> float:
     tokens, took = list(range(PROMPT)), []
     for _ in range(20):
         started = time.perf_counter()
-        parent = root_hash("")
-        for at in range(0, PROMPT - 16, 16):
-            parent = page_hash(parent, tokens[at : at + 16])
+        chain([], root_hash(""), tokens, 16, PROMPT // 16)
         took.append(time.perf_counter() - started)
     return statistics.median(took) * 1e6
+
+
+def lookup() -> float:
+    """Microseconds of finding the longest hit of a cached prompt whose hashes are known."""
+    a, tokens, took = allocator(PROMPT), list(range(PROMPT)), []
+    a.begin("x", tokens, PROMPT)
+    a.advance("x", PROMPT)
+    a.end("x")
+    state = SequencePages(tokens, root_hash(""), len(a.tables))
+    for _ in range(20):
+        started = time.perf_counter()
+        hit = a.cache.longest_hit(state)
+        took.append(time.perf_counter() - started)
+        assert hit * a.block == PROMPT - a.block
+    return statistics.median(took[1:]) * 1e6
 
 
 def main() -> None:
@@ -81,6 +96,7 @@ def main() -> None:
         "begin_cached_us": lambda: begin(True),
         "begin_unseen_us": lambda: begin(False),
         "hashing_us": hashing,
+        "lookup_us": lookup,
     }
     figures: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):  # interleaved

@@ -81,6 +81,7 @@ class SamplingParams:
     max_tokens: None means up to the context's end. logprobs: None is none, 0 the sampled token's only, k the
     k best besides. top_k: 0 or -1 is off. seed: None lets the caller's `Engine.add` choose one. spec: draft tokens
     verified in a step, 0 for none; None leaves it to the engine's controller. It changes no token.
+    cache_hints: lengths of prefixes of the prompt that later prompts may share, such as ends of chat messages.
     stop_token_ids also end a sequence; ignore_eos ignores only the model's own end tokens.
     Raises RequestError naming the field at fault.
     """
@@ -104,6 +105,7 @@ class SamplingParams:
     spec: int | None = None
     grammar: Grammar | None = None
     beam: BeamParams | None = None
+    cache_hints: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._normalise()

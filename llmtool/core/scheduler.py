@@ -335,7 +335,13 @@ class Scheduler:
         reuse = request.params.prompt_logprobs is None or request.num_output_tokens > 0
         reuse = reuse and not request.compact
         cached = self.allocator.begin(
-            request.id, request.token_ids, budget, salt=request.cache_salt, headroom=headroom, reuse=reuse
+            request.id,
+            request.token_ids,
+            budget,
+            salt=request.cache_salt,
+            headroom=headroom,
+            reuse=reuse,
+            hints=request.params.cache_hints,
         )
         request.num_submitted, request.compact = cached, False
         if request.num_preemptions == 0:

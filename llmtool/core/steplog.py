@@ -89,8 +89,9 @@ def params_from_dict(data: dict[str, Any]) -> SamplingParams:
         data["grammar"] = Grammar(**data["grammar"])
     if "beam" in data:
         data["beam"] = BeamParams(**data["beam"])
-    if "stop_token_ids" in data:
-        data["stop_token_ids"] = tuple(data["stop_token_ids"])
+    for name in ("stop_token_ids", "cache_hints"):
+        if name in data:
+            data[name] = tuple(data[name])
     if "logit_bias" in data:
         data["logit_bias"] = {int(k): v for k, v in data["logit_bias"].items()}
     return SamplingParams(**data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -18,7 +19,7 @@ from llmtool.serve.logprobs import TokenNames, chat_logprobs, prompt_logprobs
 from llmtool.serve.params import check_combination, requested_grammar, sampling_params
 from llmtool.serve.protocol.chat import ChatRequest
 from llmtool.serve.sse import EventStream, until_disconnect
-from llmtool.serve.template import render_prompt
+from llmtool.serve.template import message_ends, render_prompt
 from llmtool.serve.tools.choice import ToolUse
 from llmtool.serve.tools.parser import CallArguments, CallStart, Event, Text
 
@@ -66,6 +67,8 @@ class ChatCall:
             text, bool(body.add_special_tokens), keep=body.truncate_prompt_tokens, param="messages"
         )
         self._prompt = context.fitted(token_ids, body, params.max_tokens, "messages")
+        hints = message_ends(self._prompt, frozenset(context.engine.info.eos_token_ids))
+        params = replace(params, cache_hints=hints)
         return await context.generate(self._id, [self._prompt], params, body, self._arrival)
 
     def _params(self, grammar: Grammar | None) -> SamplingParams:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from llmtool.serve.protocol.chat import ChatRequest
 from llmtool.serve.tools.choice import ToolUse
 from llmtool.serve.tools.prompt import spelled_out, template_messages, with_instructions, without_calls
 
+HINTS = 4  # of either kind that one prompt gives the prefix cache
 _OURS = frozenset(
     {
         "self",
@@ -53,6 +54,14 @@ def render_prompt(tokenizer: Tokenizer, body: ChatRequest, tools: ToolUse) -> st
         messages = spelled_out(messages)
         text = render(messages, shown or None)
     return _until_final_message(text, messages[-1]["content"]) if continued else text
+
+
+def message_ends(token_ids: Sequence[int], end_tokens: Collection[int]) -> tuple[int, ...]:
+    """Lengths of the prompt's prefixes that end with a message: where other chats part from this one, and where it
+    goes on. The first ones (a system prompt's) and the newest of them; templates that end messages with no
+    token of their own have none."""
+    ends = [at + 1 for at, token in enumerate(token_ids) if token in end_tokens]
+    return tuple(ends if len(ends) <= 2 * HINTS else ends[:HINTS] + ends[-HINTS:])
 
 
 def _drops_calls(

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from llmtool.core.memory.allocator import OutOfPages
-from llmtool.core.memory.arena import Arena, SmallPages
+from llmtool.core.memory.arena import Arena
+from llmtool.core.memory.arena_pages import SmallPages
 from llmtool.core.memory.geometry import UNIT
 from llmtool.core.memory.page_plan import plan_pages
 from llmtool.sim.catalogue import geometry_of

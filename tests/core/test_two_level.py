@@ -41,7 +41,7 @@ def brute_hit(a: TwoLevelAllocator, tokens: list[int], salt: str = "") -> int:
         keys.append(parent)
     for n in range(len(keys), 0, -1):
         good = all(
-            a._index.find(keys[i], column) != NONE
+            a.cache.index.find(keys[i], column) != NONE
             for t in a.tables
             for i in live_blocks(t.spec, n, size)
             for column in t.columns
@@ -54,9 +54,9 @@ def brute_hit(a: TwoLevelAllocator, tokens: list[int], salt: str = "") -> int:
 def snapshot(a: TwoLevelAllocator) -> tuple[Any, ...]:
     arena = a.arena
     lists = (arena._owner, arena._request, arena._empty, arena._used, arena._refs, arena._evictable)
-    stamps = [(arena._access[p], arena._depth[p]) for p in range(len(arena._refs)) if arena.is_evictable(p)]
-    names = sorted((p, a._index._name[p]) for p in a._index.pages())
-    return [list(x) for x in lists], stamps, names, sorted(arena._free), a.ledger(), a._clock
+    stamps = [arena.key(p) for p in range(len(arena._refs)) if arena.is_evictable(p)]
+    names = sorted((p, a.cache.index.name_of(p)) for p in a.cache.index.pages())
+    return [list(x) for x in lists], stamps, names, sorted(arena._free), a.ledger(), a.cache.clock
 
 
 class MemoryMachine(RuleBasedStateMachine):

@@ -8,8 +8,11 @@ import pytest
 from llmtool.core.memory.allocator import OutOfPages
 from llmtool.core.memory.layer_policy import joint_longest_hit
 from llmtool.core.memory.prefix_index import NONE
+from llmtool.core.memory.retention import ANSWER, END, PROMPT, TRUNK, WAY, Wants, level, window_level
 from llmtool.core.memory.two_level import TwoLevelAllocator
+from llmtool.core.request import SamplingParams
 from tests.core.test_two_level import T, brute_hit, make, snapshot
+from tests.support.core import make_engine
 
 PLENTY = 200
 
@@ -96,8 +99,8 @@ def test_a_branch_that_lost_its_window_falls_back() -> None:
     # Evict the window page of tokens 16 to 19.
     probe = make("full+window", PLENTY)
     run(probe, "x", list(range(40)))
-    page = a._index.find(probe._seqs["x"].hashes[4], window.columns[0])
-    a._forget_name(page)
+    page = a.cache.index.find(probe._seqs["x"].hashes[4], window.columns[0])
+    a.cache.forget_name(page)
     a.arena.forget(page)
     a.check()
     want = [*range(24), 1, 1, 1, 1]
@@ -149,7 +152,7 @@ def test_a_decoding_sequence_keeps_its_newest_state_only() -> None:
     run(a, "x", tokens)
     decode(a, "x", tokens, 40)
     per_state = len(a.tables)
-    assert len(a._index) == 2 * per_state, "at the prompt's end and at the newest boundary"
+    assert len(a.cache.index) == 2 * per_state, "at the prompt's end and at the newest boundary"
     a.end("x")
     assert run(a, "y", tokens) == 44
 
@@ -203,7 +206,7 @@ def test_what_was_hit_outlives_a_scan() -> None:
         a.end(f"s{i}")
         if i < 5:
             assert brute_hit(a, often) == 4 * T
-    assert len(a._index) <= 20
+    assert len(a.cache.index) <= 20
 
 
 def test_the_deepest_page_goes_first() -> None:
@@ -302,3 +305,72 @@ def test_a_uniform_model_does_what_a_pager_does(seed: int) -> None:
         assert a.usage()[0] == pager.used()
         assert a.available() == pager.pages - pager.used()
     a.check()
+
+
+@pytest.mark.parametrize("known", [2, T])
+@pytest.mark.parametrize("target", [T + 1, 3 * T])
+def test_a_fork_of_a_sequence_that_came_back_with_room(known: int, target: int) -> None:
+    """What is written next comes after the known tokens, however far the room reaches: that page is copied."""
+    a = make("full+state", 20, host=10)
+    tokens = list(range(known))
+    a.begin("x", tokens, known)
+    a.advance("x", known)
+    assert a.swap_out("x")
+    a.swap_in("x", 2 * T)
+    a.fork("x", "y", list(tokens), known)
+    grown = a.extend("x", target)
+    assert grown is not None
+    for t, mine, its in zip(a.tables, a.table("x"), a.table("y"), strict=True):
+        first = known // t.tokens  # the entry that is written
+        assert mine[first] not in its and mine[first] not in mine[:first]
+        assert t.is_state or first * t.tokens == known or t.group in {copy.group for copy in grown.copies}
+    a.check()
+
+
+@pytest.mark.parametrize("hints", [(), (40,)])
+def test_a_hint_reaches_the_states_through_the_scheduler(hints: tuple[int, ...]) -> None:
+    """A prompt that parts long before the first one's end goes on from the message's end that was hinted at."""
+    engine = make_engine(60, model_name="full+state", max_num_batched_tokens=64)
+    document = list(range(40))
+    params = SamplingParams(max_tokens=2, cache_hints=hints)
+    cached = []
+    for name, question in (("a", 7), ("b", 8)):
+        engine.add(name, [*document, *[question] * 8], params)
+        while engine.has_work:
+            cached += [o.num_cached_tokens for o in engine.step() if o.finish_reason]
+    assert cached == [0, 40 if hints else 32], "without a hint, the last checkpoint on the way"
+
+
+def test_where_two_prompts_have_parted_the_third_goes_on() -> None:
+    """A system prompt that nobody hinted at."""
+    a = make("full+state", PLENTY, checkpoint_every=1 << 20, renew_every=1 << 20)
+    hits = []
+    for i in range(4):
+        hits.append(run(a, f"s{i}", [*range(20), *[100 + i] * 60]))
+        a.end(f"s{i}")
+    assert hits == [0, 0, 0, 20]
+
+
+def test_points_on_the_way_are_thinned_by_halves() -> None:
+    assert [level(n, 16) for n in (16, 32, 48, 64, 8)] == [0, 1, 0, 2, -1]
+    for reach in (1, 5, 9, 100):
+        spacing = 1 << reach.bit_length()
+        for end in range(4, 300, 4):
+            points = [level(n, spacing) for n in range(end, end + reach) if n % spacing == 0]
+            assert window_level(end, reach) == max(points, default=-1), (end, reach)
+
+
+def test_what_is_hardly_wanted_goes_first() -> None:
+    wants = Wants()
+    wants.expect(PROMPT)
+    assert wants.order[ANSWER] < wants.order[PROMPT] == wants.order[TRUNK], "at first, what prompts look like"
+    for _ in range(4):
+        wants.note(ANSWER, 4000)
+    assert wants.order[PROMPT] < wants.order[ANSWER] == wants.order[TRUNK] == wants.order[END]
+    for _ in range(100):
+        wants.note(WAY, 4000)
+    assert (
+        max(wants.order[PROMPT], wants.order[ANSWER], wants.order[END])
+        < wants.order[WAY]
+        < wants.order[TRUNK]
+    )

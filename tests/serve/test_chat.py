@@ -86,6 +86,18 @@ async def test_messages_of_every_role_and_shape(connect: Connect) -> None:
     )
 
 
+async def test_the_engine_hears_where_messages_end(connect: Connect) -> None:
+    messages = [{"role": role, "content": "Hi"} for role in ("system", "user", "assistant", "user")]
+    async with connect(says("x")) as client:
+        await client.http.post(URL, json={"model": "tiny", "messages": messages})
+        await client.http.post(URL, json={"model": "tiny", "messages": messages[1:] * 5})
+    first, second = client.engine.added
+    assert first.params.cache_hints == tuple(at + 1 for at, token in enumerate(first.prompt) if token == 2)
+    assert len(first.params.cache_hints) == 4
+    ends = [at + 1 for at, token in enumerate(second.prompt) if token == 2]
+    assert len(ends) == 15 and second.params.cache_hints == (*ends[:4], *ends[-4:])
+
+
 async def test_template_options(connect: Connect) -> None:
     async with connect() as client:
         await client.chat(add_generation_prompt=False)

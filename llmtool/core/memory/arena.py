@@ -13,29 +13,12 @@ hashes or sequences, and time is what the caller says it is.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
 
-from llmtool.core.memory.allocator import OutOfPages
+from llmtool.core.memory import arena_accounts as accounts
+from llmtool.core.memory.arena_pages import SmallPages, Taken
+from llmtool.core.memory.eviction import CLASSES, EvictionQueue, Key
 from llmtool.core.memory.geometry import UNIT
 from llmtool.core.memory.page_plan import PagePlan
-
-
-@dataclass(frozen=True, slots=True)
-class SmallPages:
-    """One layer type's small pages. stride: bytes between them, a multiple of UNIT; per_large: how many fit."""
-
-    name: str
-    stride: int
-    per_large: int
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """pages: per type, in the order asked for. evicted: pages whose content is gone, which may be among `pages`."""
-
-    pages: tuple[tuple[int, ...], ...]
-    evicted: tuple[int, ...]
 
 
 class Arena:
@@ -49,14 +32,14 @@ class Arena:
         self.large_page = large_page
         self.num_large = num_large
         self.width = max(kind.per_large for kind in types)
+        self._per_large = [kind.per_large for kind in types]
         self._full_mask = [(1 << kind.per_large) - 1 for kind in types]
         self._owner = [-1] * num_large  # type, -1: empty
         self._request: list[str | None] = [None] * num_large
         self._empty = [0] * num_large  # bitmask of empty slots, of owned large pages
         self._used = [0] * num_large  # referenced slots
         self._refs = [0] * (num_large * self.width)
-        self._access = [0] * (num_large * self.width)
-        self._depth = [0] * (num_large * self.width)
+        self._keys: list[Key] = [(0, 0, 0)] * (num_large * self.width)  # of evictable pages
         self._evictable = [0] * num_large  # bitmask of evictable slots
         self._free = list(range(num_large - 1, -1, -1))  # a stack: low pages first
         self._partial: list[dict[int, None]] = [{} for _ in types]  # large pages with empty slots
@@ -65,9 +48,13 @@ class Arena:
         # used: together they say exactly what can be had (see `fits`).
         self._reclaimable = num_large
         self._in_place = [0] * len(self.types)
-        # Heaps with stale entries: one counts only while it says what the page says.
-        self._small_lru: list[list[tuple[int, int, int]]] = [[] for _ in types]  # access, -depth, page
-        self._large_lru: list[tuple[int, int, int]] = []  # last access, -depth, large page
+        # Evictable pages in large pages that are in use, per type, and large pages that are not.
+        # What is not in its queue yet, or with a key of old, lies in a large page of `_unsorted`; entries of small
+        # pages that are no longer to be had are passed over.
+        self._unsorted: list[dict[int, None]] = [{} for _ in types]
+        self._small = [EvictionQueue(num_large * self.width if k.per_large > 1 else 0) for k in types]
+        self._large = EvictionQueue(num_large)
+        self.order: Sequence[int] = range(CLASSES)  # of classes: lower ones go first, equal ones by access
 
     @classmethod
     def of(cls, plan: PagePlan, num_large: int) -> Arena:
@@ -97,10 +84,6 @@ class Arena:
     def num_evictable(self) -> int:
         return sum(mask.bit_count() for mask in self._evictable)
 
-    def available(self, kind: int) -> int:
-        """Small pages of one type that could be had if no other type wanted any."""
-        return self._in_place[kind] + self._reclaimable * self.types[kind].per_large
-
     @property
     def reclaimable(self) -> int:
         """Large pages that hold nothing that is in use."""
@@ -121,39 +104,73 @@ class Arena:
 
     def large_needed(self, wants: Sequence[int]) -> int:
         """Large pages that `take` must find beside what large pages in use have room for."""
-        return sum(
-            -(-max(0, want - here) // kind.per_large)
-            for want, here, kind in zip(wants, self._in_place, self.types, strict=True)
-        )
+        needed, in_place = 0, self._in_place
+        for kind, want in enumerate(wants):
+            lack = want - in_place[kind]
+            if lack > 0:
+                needed -= -lack // self._per_large[kind]
+        return needed
 
     # -- taking --------------------------------------------------------------------------------------------
 
     def take(self, wants: Sequence[int], request: str) -> Taken:
         """`wants[t]` small pages of every type t, each with one reference. Raises OutOfPages and changes nothing;
         it names the type that lacks most large pages."""
-        if not self.fits(wants):
-            self._refuse(wants)
+        if self.large_needed(wants) > self._reclaimable:
+            raise accounts.refusal(self, wants)
         left = list(wants)
         evicted: list[int] = []
         pages: list[tuple[int, ...]] = []
         for kind, want in enumerate(wants):
-            got = []
-            for _ in range(want):
-                got.append(self._take_one(kind, request, left, evicted))
-                left[kind] -= 1
+            if not want:
+                pages.append(())
+                continue
+            got: list[int] = []
+            if self._full_mask[kind] == 1:
+                self._open(kind, request, want, got, evicted)
+                left[kind] = 0
+            while left[kind]:
+                self._fill(kind, request, left, got)
+                if left[kind]:
+                    got.append(self._take_one(kind, request, left, evicted))
+                    left[kind] -= 1
             pages.append(tuple(got))
         return Taken(tuple(pages), tuple(evicted))
 
-    def _refuse(self, wants: Sequence[int]) -> None:
-        lack = [
-            -(-max(0, want - here) // kind.per_large)
-            for want, here, kind in zip(wants, self._in_place, self.types, strict=True)
-        ]
-        binding = lack.index(max(lack))
-        # Large pages that the other types need are not there for this one.
-        spare = max(0, self._reclaimable - (sum(lack) - lack[binding]))
-        have = self._in_place[binding] + spare * self.types[binding].per_large
-        raise OutOfPages(wants[binding], have, self.types[binding].name)
+    def _open(self, kind: int, request: str, want: int, got: list[int], evicted: list[int]) -> None:
+        """Large pages that are one small page each: steps 2 and 3 are all there is."""
+        owner, requests, used, refs = self._owner, self._request, self._used, self._refs
+        for _ in range(want):
+            large = self._free.pop() if self._free else self._evict_large(evicted)
+            assert large is not None
+            owner[large], requests[large], used[large], self._empty[large] = kind, request, 1, 0
+            page = large * self.width
+            refs[page] = 1
+            got.append(page)
+        self._reclaimable -= want
+
+    def _fill(self, kind: int, request: str, left: list[int], got: list[int]) -> None:
+        """Step 1, as far as it goes: empty small pages in large pages of this request that are in use."""
+        mine = self._mine.get((kind, request))
+        for large in list(mine) if mine else ():
+            if not left[kind]:
+                return
+            if not self._used[large]:
+                continue
+            mask, first, refs, count = self._empty[large], large * self.width, self._refs, 0
+            while mask and count < left[kind]:
+                low = mask & -mask
+                mask ^= low
+                page = first + low.bit_length() - 1
+                refs[page] = 1
+                got.append(page)
+                count += 1
+            self._empty[large] = mask
+            if not mask:
+                self._unlist(large)
+            self._used[large] += count
+            self._in_place[kind] -= count
+            left[kind] -= count
 
     def _take_one(self, kind: int, request: str, left: list[int], evicted: list[int]) -> int:
         # Step 1: an empty small page in a large page of this request.
@@ -215,53 +232,60 @@ class Arena:
         if self._used[large] == 0:
             self._reclaimable -= 1
             self._in_place[kind] += self.types[kind].per_large
+            self._large.drop(large)
+            if self._evictable[large]:
+                self._unsorted[kind][large] = None
         self._used[large] += 1
         self._in_place[kind] -= 1
 
     # -- evicting ------------------------------------------------------------------------------------------
 
-    def _age(self, large: int) -> tuple[int, int]:
-        """The last access to any evictable page of a large page, and its depth, deepest first."""
-        first, mask = large * self.width, self._evictable[large]
-        last, depth = -(1 << 62), 0
+    def _evictable_pages(self, large: int) -> list[int]:
+        mask, first, found = self._evictable[large], large * self.width - 1, []
         while mask:
             low = mask & -mask
-            page = first + low.bit_length() - 1
-            if self._access[page] > last:
-                last, depth = self._access[page], self._depth[page]
-            elif self._access[page] == last:
-                depth = max(depth, self._depth[page])
+            found.append(first + low.bit_length())
             mask ^= low
-        return last, -depth
+        return found
+
+    def _queue_large(self, large: int) -> None:
+        """A large page counts by the last access to any of its small pages, and by the deepest of those."""
+        keys = [self._keys[page] for page in self._evictable_pages(large)]
+        if keys:
+            last = max((rank, access) for rank, access, _ in keys)
+            self._large.put(large, (*last, min(k[2] for k in keys if k[:2] == last)))
+        else:
+            self._large.drop(large)
 
     def _evict_large(self, evicted: list[int]) -> int | None:
-        """Balanced eviction: across types, by the last access to any of a large page's small pages; of those last
-        read together the deepest goes first."""
-        while self._large_lru:
-            when, depth, large = heappop(self._large_lru)
-            if self._used[large] == 0 and self._evictable[large] and self._age(large) == (when, depth):
-                first, mask = large * self.width, self._evictable[large]
-                evicted.extend(first + slot for slot in range(self.width) if mask >> slot & 1)
-                self._evictable[large] = 0
+        """Balanced eviction: across types; `order` says which classes go first."""
+        large = self._large.pop(self.order)
+        if large is not None:
+            evicted.extend(self._evictable_pages(large))
+            self._evictable[large] = 0
+            if self._empty[large]:
                 self._unlist(large)
-                return large
-        return None
+        return large
+
+    def next_key(self, count: int) -> Key | None:
+        """The key of the large page that would go next, if `count` were taken; None while so many are free."""
+        if len(self._free) >= count:
+            return None
+        large = self._large.first(self.order)
+        return None if large is None else self._large.keys[large]
 
     def _evict_small(self, kind: int, evicted: list[int]) -> int:
-        """Aligned eviction: of pages last read together the deepest in its prefix goes first, in every type."""
-        heap, skipped = self._small_lru[kind], []
+        queue = self._small[kind]
+        for large in self._unsorted[kind]:
+            for page in self._evictable_pages(large) if self._owner[large] == kind else ():
+                queue.put(page, self._keys[page])
+        self._unsorted[kind].clear()
         while True:
-            item = heappop(heap)
-            access, depth, page = item
-            large, slot = divmod(page, self.width)
-            current = (access, depth) == (self._access[page], -self._depth[page])
-            if not current or self._owner[large] != kind or not self._evictable[large] >> slot & 1:
-                continue
-            if self._used[large]:
+            taken = queue.pop(self.order)
+            assert taken is not None
+            page, (large, slot) = taken, divmod(taken, self.width)
+            if self._owner[large] == kind and self._used[large] and self._evictable[large] >> slot & 1:
                 break
-            skipped.append(item)  # in a large page that is wanted whole
-        for item in skipped:
-            heappush(heap, item)
         self._evictable[large] &= ~(1 << slot)
         evicted.append(page)
         self._reference_first(page, large)
@@ -271,40 +295,87 @@ class Arena:
 
     def hold(self, page: int) -> None:
         """One more reference to a used or evictable page."""
-        large, slot = divmod(page, self.width)
-        if self._refs[page]:
-            self._refs[page] += 1
+        refs = self._refs
+        if refs[page]:
+            refs[page] += 1
             return
+        large, slot = divmod(page, self.width)
         assert self._evictable[large] >> slot & 1, "an empty page has nothing to hold"
         self._evictable[large] &= ~(1 << slot)
         self._reference_first(page, large)
 
-    def release(self, page: int, now: int, depth: int = 0, keep: bool = True) -> None:
+    def hold_all(self, pages: Sequence[int]) -> None:
+        """One more reference to each."""
+        refs, hold = self._refs, self.hold
+        for page in pages:
+            if refs[page]:
+                refs[page] += 1
+            else:
+                hold(page)
+
+    def adopt(self, page: int, request: str) -> str:
+        """What is empty in the page's large page is `request`'s now, which goes on from there. Returns whose it
+        was."""
+        large = page // self.width
+        before = self._request[large]
+        assert before is not None
+        if self._empty[large]:
+            self._unlist(large)
+            self._request[large] = request
+            self._list(large)
+        return before
+
+    def release(self, page: int, now: int, depth: int = 0, keep: bool = True, rank: int = 0) -> None:
         """One reference less. The last one leaves the page evictable, last read at `now`, `depth` tokens into its
-        prefix, or empty when `keep` is False."""
-        assert self._refs[page] > 0
-        self._refs[page] -= 1
-        if self._refs[page]:
-            return
-        large, slot = divmod(page, self.width)
-        kind = self._owner[large]
-        self._used[large] -= 1
-        self._in_place[kind] += 1
-        if self._used[large] == 0:
-            self._reclaimable += 1
-            self._in_place[kind] -= self.types[kind].per_large
-        if keep:
-            self._evictable[large] |= 1 << slot
-            self._access[page], self._depth[page] = now, depth
-            self._push(self._small_lru[kind], (now, -depth, page))
-        else:
-            self._clear(large, slot)
-        if self._used[large] == 0 and self._evictable[large]:
-            self._push_large(large)
+        prefix, of class `rank`, or empty when `keep` is False."""
+        refs = self._refs[page] - 1
+        assert refs >= 0
+        self._refs[page] = refs
+        if not refs:
+            self._unuse(page, (rank, now, -depth) if keep else None)
 
     def unhold(self, page: int) -> None:
         """Take back a `hold`: the page is as recently used as it was before."""
-        self.release(page, self._access[page], self._depth[page])
+        self._refs[page] -= 1
+        if not self._refs[page]:
+            self._unuse(page, self._keys[page])
+
+    def _unuse(self, page: int, key: Key | None) -> None:
+        large, slot = divmod(page, self.width)
+        kind = self._owner[large]
+        used = self._used[large] = self._used[large] - 1
+        alone = self._full_mask[kind] == 1
+        if used:
+            self._in_place[kind] += 1
+        else:
+            self._reclaimable += 1
+            self._in_place[kind] += 1 - self.types[kind].per_large
+        if key is None:
+            self._clear(large, slot)
+        else:
+            self._evictable[large] |= 1 << slot
+            self._keys[page] = key
+            if alone:
+                self._large.put(large, key)
+                return
+            if used:
+                self._unsorted[kind][large] = None
+        if not used and self._owner[large] >= 0:
+            self._queue_large(large)
+
+    def key(self, page: int) -> Key:
+        """Class, last access and minus depth, of a page that is or was evictable."""
+        return self._keys[page]
+
+    def touch(self, page: int, now: int, rank: int) -> None:
+        """An evictable page counts as read at `now`, and is of class `rank`."""
+        large, slot = divmod(page, self.width)
+        assert self._evictable[large] >> slot & 1
+        self._keys[page] = (rank, now, self._keys[page][2])
+        if self._used[large]:
+            self._unsorted[self._owner[large]][large] = None
+        else:
+            self._queue_large(large)
 
     def forget(self, page: int) -> None:
         """An evictable page becomes empty."""
@@ -312,8 +383,8 @@ class Arena:
         assert self._evictable[large] >> slot & 1
         self._evictable[large] &= ~(1 << slot)
         self._clear(large, slot)
-        if self._used[large] == 0 and self._evictable[large]:
-            self._push_large(large)
+        if self._owner[large] >= 0 and not self._used[large]:
+            self._queue_large(large)
 
     def _clear(self, large: int, slot: int) -> None:
         if not self._empty[large]:
@@ -323,60 +394,13 @@ class Arena:
             self._unlist(large)
             self._owner[large], self._request[large], self._empty[large] = -1, None, 0
             self._free.append(large)
-
-    def _push(self, heap: list[tuple[int, int, int]], item: tuple[int, int, int]) -> None:
-        heappush(heap, item)
-        if len(heap) > 4 * self.num_large * self.width + 64:  # stale entries must not pile up
-            heap[:] = {i for i in heap if (i[0], i[1]) == (self._access[i[2]], -self._depth[i[2]])}
-            heapify(heap)
-
-    def _push_large(self, large: int) -> None:
-        heappush(self._large_lru, (*self._age(large), large))
-        if len(self._large_lru) > 4 * self.num_large + 64:
-            idle = [n for n in range(self.num_large) if self._evictable[n] and not self._used[n]]
-            self._large_lru = [(*self._age(n), n) for n in idle]
-            heapify(self._large_lru)
-
-    # -- accounts ------------------------------------------------------------------------------------------
+            self._large.drop(large)
 
     def ledger(self) -> dict[str, int]:
         """Bytes by what they hold; they sum to the arena. empty: unused slots of large pages that have
         others. padding: what no slot of a large page reaches. free: large pages nobody owns."""
-        parts = dict.fromkeys(("used", "evictable", "empty", "padding", "free"), 0)
-        for large, owner in enumerate(self._owner):
-            if owner < 0:
-                parts["free"] += self.large_page
-                continue
-            kind = self.types[owner]
-            parts["used"] += self._used[large] * kind.stride
-            parts["evictable"] += self._evictable[large].bit_count() * kind.stride
-            parts["empty"] += self._empty[large].bit_count() * kind.stride
-            parts["padding"] += self.large_page - kind.per_large * kind.stride
-        return parts
+        return accounts.ledger(self)
 
     def check(self) -> None:
         """Assert every invariant."""
-        in_place, reclaimable = [0] * len(self.types), 0
-        for large, owner in enumerate(self._owner):
-            refs = self._refs[large * self.width : (large + 1) * self.width]
-            used = sum(count > 0 for count in refs)
-            assert used == self._used[large], "used slots"
-            reclaimable += used == 0
-            if owner < 0:
-                assert not (used or self._empty[large] or self._evictable[large]), "an owner of nothing"
-                continue
-            mask = sum(1 << slot for slot, count in enumerate(refs) if count)
-            states = (mask, self._empty[large], self._evictable[large])
-            assert sum(states) == states[0] | states[1] | states[2] == self._full_mask[owner], (
-                "slots conserve"
-            )
-            assert self._empty[large] != self._full_mask[owner], "a wholly empty page is free"
-            assert (large in self._partial[owner]) == bool(self._empty[large])
-            request = self._request[large]
-            assert request is not None
-            assert (large in self._mine.get((owner, request), ())) == bool(self._empty[large])
-            if used:
-                in_place[owner] += self.types[owner].per_large - used
-        assert (in_place, reclaimable) == (self._in_place, self._reclaimable), "what can be had"
-        assert sorted(self._free) == [n for n, owner in enumerate(self._owner) if owner < 0], "free pages"
-        assert sum(self.ledger().values()) == self.num_large * self.large_page, "ledger"
+        accounts.check(self)

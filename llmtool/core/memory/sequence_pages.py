@@ -1,8 +1,8 @@
-"""What the two-level allocator remembers of a sequence, and what growing one takes."""
+"""What the two-level allocator remembers of a sequence."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from llmtool.core.memory.prefix_index import NONE
 
@@ -11,17 +11,19 @@ class SequencePages:
     """Tables and hash chain of one sequence. An entry of a table is a small page, NONE where it was given up."""
 
     __slots__ = (
-        *("cow", "dear", "first", "hashes", "hit", "host", "keep", "known", "length", "names", "prompt"),
-        *("registered", "returned", "rolling", "room", "root", "stale", "superseded", "tables", "token_ids"),
+        *("cow", "dear", "first", "hashes", "hit", "host", "keep", "known", "left"),
+        *("length", "names", "parted", "prompt", "registered", "returned", "rolling", "room", "root"),
+        *("stale", "superseded", "tables", "token_ids"),
     )
 
     def __init__(self, token_ids: Sequence[int], root: bytes, tables: int) -> None:
         self.token_ids = token_ids
         self.prompt = len(token_ids)  # tokens known when it began
         self.root = root
-        self.hashes: list[bytes] = []  # of the leading blocks
+        self.hashes: list[bytes] = []  # of leading blocks, perhaps more than are computed
         self.registered = 0  # blocks offered to the prefix cache
         self.hit = 0  # blocks taken over from it
+        self.parted = 0  # blocks of it that were known, whether usable or not
         self.returned = False  # what follows them was cached, and is evicted
         self.tables: list[list[int]] = [[] for _ in range(tables)]
         self.first = [0] * tables  # entries before it are given up
@@ -33,7 +35,8 @@ class SequencePages:
         self.dear: frozenset[int] = frozenset()  # those of them that others may well share
         self.names: list[tuple[int, int, int]] = []  # (block, column, page) of states to be named
         self.rolling = -1  # the block whose state was named last
-        self.superseded = -1  # the one named before it
+        self.superseded: list[int] = []  # those named before it, to be looked at
+        self.left: list[tuple[int, int]] = []  # page, block: given up, and needed at a prompt's points
         self.stale: list[int] = []  # pages copied from, to be released
         self.host: list[list[int]] | None = None  # small pages of the host's arena, per table
 
@@ -46,15 +49,3 @@ class SequencePages:
                     yield page
                 last = page
         yield from self.stale
-
-
-class Growth:
-    """What growing takes. fresh: per table, indices that get a page of their own; copied: (table, index) whose
-    page is replaced by a copy; wants: small pages per type."""
-
-    __slots__ = ("copied", "fresh", "wants")
-
-    def __init__(self, tables: int, kinds: int) -> None:
-        self.fresh: list[Collection[int]] = [()] * tables
-        self.copied: list[tuple[int, int]] = []
-        self.wants = [0] * kinds

@@ -73,7 +73,7 @@ def bill(a: TwoLevelAllocator, seq: str) -> dict[str, int]:
 
 def check(a: TwoLevelAllocator) -> None:
     a.arena.check()
-    a._index.check()
+    a.cache.index.check()
     held: dict[int, int] = {}
     host = 0
     for state in a._seqs.values():
@@ -91,10 +91,10 @@ def check(a: TwoLevelAllocator) -> None:
             held[page] = held.get(page, 0) + 1
     for page in range(a.num_pages * a.arena.width):
         assert a.arena.references(page) == held.get(page, 0), "reference counts"
-    for page in a._index.pages():
+    for page in a.cache.index.pages():
         assert a.arena.is_evictable(page) or page in held, "a named page without content"
     evictable = a.arena.num_evictable()
-    assert evictable == sum(page not in held for page in a._index.pages()), "evictable has a name"
+    assert evictable == sum(page not in held for page in a.cache.index.pages()), "evictable has a name"
     if a._host is not None:
         a._host.check()
     books = ledger(a)
