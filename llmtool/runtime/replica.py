@@ -149,8 +149,9 @@ class Replica:
             try:
                 await self._up()
                 log.warning("replica %d is up again, after %d restarts", self.number, self.restarts)
-            except LLMToolError as error:
-                self.failure = error
+            except (LLMToolError, OSError) as error:  # no process, no memory: perhaps the next time
+                started = f"It could not be started: {error}."
+                self.failure = error if isinstance(error, LLMToolError) else EngineDead(started)
                 failures += 1
 
     async def _until_dead(self, engine: AsyncEngine) -> LLMToolError:
