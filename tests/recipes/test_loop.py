@@ -23,7 +23,7 @@ def test_once_round_on_the_embedded_model(tmp_path: Path) -> None:
     out = tmp_path / "loop"
     environment = os.environ | {
         "LLMTOOL": f"{sys.executable} -m llmtool",
-        "PRUNE_FLAGS": "--params 0.8 --samples 8",
+        "PRUNE_FLAGS": "--params 0.8 --samples 16",
         "LOAD_FLAGS": "--input-len 32 --output-len 16 --request-rate 2 --num-prompts 12",
     }
     done = subprocess.run(
