@@ -265,6 +265,7 @@ class Fleet:
     def _choose(self, stream: FleetStream, tried: set[int]) -> Replica | None:
         """Of the engines of its role, if one is up, else of all: each could do everything."""
         able = [r for r in self.replicas if r.taking is not None and r.number not in tried]
+        able = [r for r in able if not r.silent] or able
         role = stream.role if stream.role in {r.role for r in able} else None
         loads = [r.load if r in able and role in (None, r.role) else None for r in self.replicas]
         if not able:

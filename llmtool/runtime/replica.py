@@ -58,6 +58,7 @@ class Replica:
         self.state = "starting"
         self.restarts = 0
         self.incoming = 0  # requests on their way here from another engine
+        self.silent = False  # it has not answered for a quarter of what it may: others go first
         self.engine: AsyncEngine | None = None
         self.failure: LLMToolError | None = None  # why it went down last
         self.on_step: Callable[[int], None] | None = None
@@ -149,8 +150,9 @@ class Replica:
             try:
                 await self._up()
                 log.warning("replica %d is up again, after %d restarts", self.number, self.restarts)
-            except LLMToolError as error:
-                self.failure = error
+            except (LLMToolError, OSError) as error:  # no process, no memory: perhaps the next time
+                started = f"It could not be started: {error}."
+                self.failure = error if isinstance(error, LLMToolError) else EngineDead(started)
                 failures += 1
 
     async def _until_dead(self, engine: AsyncEngine) -> LLMToolError:
@@ -164,6 +166,7 @@ class Replica:
                 await asyncio.wait((died,), timeout=interval)
                 # Rounds are counted, not seconds: this process may have been stopped meanwhile itself.
                 silent = silent + 1 if engine.heard < asked else 0
+                self.silent = silent > 0
                 if silent >= 4 and not died.done():
                     engine.kill(
                         EngineDead(f"It said nothing for {self._care.silence:g} seconds and was killed.")
@@ -171,4 +174,5 @@ class Replica:
                     return await died
             return died.result()
         finally:
+            self.silent = False
             died.cancel()

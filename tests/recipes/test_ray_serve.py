@@ -126,7 +126,7 @@ def alone(model: Path, prompts: list[list[int]], count: int) -> list[str]:
     while engine.has_work:
         for output in engine.step():
             answers[int(output.request_id)] += output.token_ids
-    return [tiny_tokenizer().decode(tokens) for tokens in answers]
+    return [tiny_tokenizer().decode(tokens, skip_special_tokens=True) for tokens in answers]
 
 
 def test_replicas_come_with_the_load_and_are_replaced(deployment: Any, model: Path, cluster: None) -> None:

@@ -285,6 +285,20 @@ def test_a_hung_replica_is_killed_and_its_requests_move() -> None:
     run(body)
 
 
+def test_what_comes_while_a_replica_is_silent_goes_elsewhere() -> None:
+    async def body() -> None:
+        async with started(Care(silence=4.0, first=0.05, failures=3)) as fleet:
+            os.kill(pid_of(fleet, 0), signal.SIGSTOP)
+            await until(lambda: fleet.replicas[0].silent)
+            answers = await asyncio.gather(*(ask(fleet, f"r{i}", [i, 2], 5) for i in range(6)))
+            assert answers == [expected([i, 2], 5) for i in range(6)]
+            assert fleet.fleet.retried == 0, "nobody waited for the end of it"
+            await until(lambda: fleet.replicas[0].restarts == 1 and states(fleet) == ["up", "up"])
+            assert not fleet.replicas[0].silent
+
+    run(body)
+
+
 def test_a_busy_replica_is_not_taken_for_a_hung_one() -> None:
     async def body() -> None:
         async with started(

@@ -20,7 +20,7 @@ from llmtool.runtime.parts import EngineParts
 from tests.models.conftest import build as build_reference
 from tests.runtime.test_async_engine import run
 from tests.runtime.test_engine_equality import conversations
-from tests.runtime.test_fleet import ask_greedily
+from tests.runtime.test_fleet import ask_greedily, until
 from tests.runtime.test_hybrids import make as make_hybrid
 
 MODELS = ["llama", "gemma3", "mixtral"]
@@ -84,7 +84,8 @@ async def check_answers(fleet: Fleet, want: list[list[int]]) -> None:
     for turn in range(2):
         asked = [ask_greedily(fleet, f"{turn}-{i}", *question) for i, question in enumerate(questions())]
         assert await asyncio.gather(*asked) == want
-    await asyncio.sleep(0.7)  # the last counters arrive
+    made = 2 * sum(map(len, want))
+    await until(lambda: fleet.stats.generation_tokens == made and fleet.stats.num_running == 0)
 
 
 def check_conditions(stats: EngineStats) -> None:

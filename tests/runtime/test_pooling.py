@@ -19,8 +19,10 @@ from llmtool.core.ports import RealClock
 from llmtool.core.request import FinishReason, SamplingParams
 from llmtool.errors import ModelError, RequestError, RequestTooLong, UsageError
 from llmtool.modelspec import PoolingSpec
-from llmtool.runtime.async_engine import AsyncEngine, RequestStream
+from llmtool.runtime.async_engine import RequestStream
 from llmtool.runtime.build import build
+from llmtool.runtime.fleet import start_engine
+from llmtool.runtime.fleet_stream import FleetStream
 from llmtool.runtime.parts import PoolingParts
 from tests.models.encoders import FAMILIES, classifier
 from tests.models.encoders import build as build_reference
@@ -196,19 +198,21 @@ def test_a_sequence_that_fails_ends_alone(tmp_path: Path) -> None:
     assert "Token id -1" in (outputs[3].error or "")
 
 
-async def collect(stream: RequestStream) -> dict[int, np.ndarray]:
+async def collect(stream: RequestStream | FleetStream) -> dict[int, np.ndarray]:
     return {output.index: vector(output.vector) async for output in stream}
 
 
-def test_through_the_engine_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_through_the_engine_process(replicas: int, tmp_path: Path) -> None:
     reference = build_reference("bert")
     reference.save_pretrained(tmp_path)
 
     async def body() -> None:
         config = EngineConfig(
-            model=str(tmp_path), dtype="float32", num_threads=1, max_num_seqs=4, max_num_batched_tokens=200
-        )
-        engine = await AsyncEngine.start(config)
+            model=str(tmp_path), dtype="float32", num_threads=1, max_num_seqs=4, max_num_batched_tokens=200,
+            data_parallel_size=replicas,
+        )  # fmt: skip
+        engine = await start_engine(config)
         try:
             steps: list[int] = []
             engine.on_step = steps.append
