@@ -75,6 +75,7 @@ class EngineConfig:
     enforce_eager: capture no steps ahead of time on a GPU.
     step_log: JSONL file to record every decision in, or None. spec: auto | off | smartspec | draft tokens a step |
     a TOML file of batch size = draft tokens (llmtool/core/speculation/build.py). proposer: who drafts them.
+    spec_branches: ways on that a draft from text shows at most; with more than 1 it is a tree.
     data_parallel_size: engines with the whole model each, behind a router; limits and memory given are each one's.
     disaggregate: PREFILL:DECODE, numbers of engines for prompts and for the tokens after the first; "" for engines
     that do both. replica_timeout: seconds without a sign of life after which one of several engines is killed and
@@ -108,6 +109,7 @@ class EngineConfig:
     step_log: str | None = None
     spec: str = "off"
     proposer: str = "suffix"
+    spec_branches: int = 1
     data_parallel_size: int = 1
     disaggregate: str = ""
     replica_timeout: float = 60.0

@@ -165,6 +165,7 @@ def bench(
     num_threads: engine.NumThreads = None,
     spec: engine.Spec = None,
     proposer: engine.Proposer = None,
+    spec_branches: engine.SpecBranches = None,
     step_log: engine.StepLog = None,
     data_parallel_size: engine.DataParallelSize = None,
     disaggregate: engine.Disaggregate = None,

@@ -74,6 +74,13 @@ Spec = Annotated[
 Proposer = Annotated[
     str | None, _option("--proposer", "Who drafts: suffix (default), draft:MODEL, pruned[:LAYERS] or union.")
 ]
+SpecBranches = Annotated[
+    int | None,
+    _option(
+        "--spec-branches",
+        "Ways on that a draft from text shows (default 1: a chain; up to 8: a tree, grown by --spec auto).",
+    ),
+]
 StepLog = Annotated[str | None, _option("--step-log", "Record every scheduling decision in this JSONL file.")]
 DataParallelSize = Annotated[
     int | None, _option("--data-parallel-size", "Engines with the whole model each, behind a router.", "-dp")

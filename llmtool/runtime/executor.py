@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from llmtool_kernels.attention import move_tokens
 
 from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import uniform_group
@@ -23,6 +24,7 @@ from llmtool.core.memory.tables import PlanPages
 from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import SamplingParams, TokenLogprob
 from llmtool.errors import LLMToolError, ModelError, RequestError
+from llmtool.models.cpu_decoder import CpuDecoder
 from llmtool.models.decoder import Decoder, KVContext
 from llmtool.models.kv_scales import checked
 from llmtool.models.loader import load
@@ -214,7 +216,7 @@ class TorchExecutor:
         inputs = self._sequences.inputs(scheduled, rows, self.model.device)
         which = np.flatnonzero([e.sample and e.id not in outcome.errors for e in scheduled])
         sampled = [scheduled[i] for i in which]
-        places = SampledRows.of([e.draft for e in sampled], rows[which])
+        places = SampledRows.of([e.draft for e in sampled], rows[which], [e.parents for e in sampled])
         last = places.spread(inputs.ends[which] - places.drafted) + places.offsets - 1
         wanted = torch.from_numpy(last).to(self.model.device)
         if self._graphs is None and not self._prompt_logprobs and len(last) < len(inputs.input_ids):
@@ -226,34 +228,39 @@ class TorchExecutor:
                 self._score_prompts(scheduled, inputs, every, outcome)
             hidden = every[wanted]
         if sampled:
-            positions = (
-                places.spread((inputs.starts + inputs.lengths)[which] - places.drafted) + places.offsets
-            )
+            known = (inputs.starts + inputs.lengths)[which] - places.drafted
             logits = self.model.logits(hidden)  # [S, V]
-            self._sample([e.id for e in sampled], places, positions, logits, outcome)
+            self._sample(sampled, places, places.spread(known) + places.depths, logits, outcome)
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
-        if self._graphs is not None:
+        if self._graphs is not None and not inputs.trees:
             return self._graphs.forward(inputs)
         kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
         return self.model.forward(inputs.input_ids, inputs.positions, kv)
 
     def _sample(
-        self, ids: list[str], places: SampledRows, positions: Ints, logits: torch.Tensor, outcome: _Outcome
+        self,
+        sampled_of: list[ScheduledRequest],
+        places: SampledRows,
+        positions: Ints,
+        logits: torch.Tensor,
+        outcome: _Outcome,
     ) -> None:
-        rows = places.rows
+        rows, ids = places.rows, [entry.id for entry in sampled_of]
         mask, broken = self._grammar_mask(places)
-        num_outputs = self._sequences.num_tokens[rows] - self._sequences.num_prompt[rows] + places.offsets
+        num_outputs = self._sequences.num_tokens[rows] - self._sequences.num_prompt[rows] + places.depths
         sampled, peaks = sample(logits, self._sampling, rows, positions, num_outputs, mask, places.ahead())
         for i in torch.nonzero(~torch.isfinite(peaks)).flatten().tolist():
             broken.setdefault(i, _why_not(peaks[i].item(), int(positions[i])))
         kept: list[int] = []
-        for seq, (begin, tokens) in zip(ids, places.accepted(sampled.tolist(), broken), strict=True):
+        for entry, (path, tokens) in zip(sampled_of, places.accepted(sampled.tolist(), broken), strict=True):
             if tokens:
-                outcome.tokens[seq] = tokens
-                kept += range(begin, begin + len(tokens))
+                outcome.tokens[entry.id] = tokens
+                kept += path
             else:
-                outcome.errors[seq] = broken[begin]
+                outcome.errors[entry.id] = broken[path[0]]
+            if entry.parents:
+                self._settle(entry, np.array(path) - path[0])
         if not self._logprobs:
             return
         asked = [i for i in kept if int(rows[i]) in self._logprobs]
@@ -261,6 +268,21 @@ class TorchExecutor:
         counts = [self._logprobs[int(rows[i])] for i in asked]
         for i, logprob in zip(asked, token_logprobs(logits[at], sampled[at], counts), strict=True):
             outcome.logprobs.setdefault(ids[places.owners[i]], []).append(logprob)
+
+    def _settle(self, entry: ScheduledRequest, path: Ints) -> None:
+        """Move the KV of a tree's right drafts behind the token before them. path: their numbers in the sequence's
+        rows of the step, from the root, 0."""
+        moved = np.flatnonzero(path != np.arange(len(path)))
+        if not len(moved):
+            return
+        row = self._sequences.row_of[entry.id]
+        source, target = entry.start + path[moved], entry.start + moved
+        places = self._sequences.places
+        by_group = [(*places(g, row, source), *places(g, row, target)) for g in range(len(self.store.groups))]
+        tiled = self.model.tiled if isinstance(self.model, CpuDecoder) else frozenset[int]()
+        for layer, (layout, g) in self._layers.items():
+            at = (torch.from_numpy(a).to(self.store.device) for a in by_group[g])
+            move_tokens(self.store.arena, layout, layout.element(self.model.dtype), layer in tiled, *at)
 
     def _score_prompts(
         self, scheduled: list[ScheduledRequest], inputs: StepInputs, hidden: torch.Tensor, outcome: _Outcome
@@ -302,6 +324,7 @@ class TorchExecutor:
             return None, {}
         at: list[int] = []
         matchers: list[LLMatcher] = []
+        of_row: dict[int, LLMatcher] = {}
         for i, row in enumerate(places.rows.tolist()):
             matcher = self._matchers.get(row)
             if matcher is None:
@@ -310,10 +333,12 @@ class TorchExecutor:
             if (
                 offset
             ):  # as if the drafts before it were its output; where one is not allowed, the rest is idle
-                matcher = matchers[-1].deep_copy()
-                accept(matcher, places.drafts[places.owners[i]][offset - 1 : offset])
+                owner = int(places.owners[i])
+                matcher = of_row[i - offset + places.before(owner, offset)].deep_copy()
+                accept(matcher, places.drafts[owner][offset - 1 : offset])
             at.append(i)
             matchers.append(matcher)
+            of_row[i] = matcher
         if not at:
             return None, {}
         assert self._compiler is not None
