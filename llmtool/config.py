@@ -77,6 +77,7 @@ class EngineConfig:
     enforce_eager: capture no steps ahead of time on a GPU.
     step_log: JSONL file to record every decision in, or None. spec: auto | off | smartspec | draft tokens a step |
     a TOML file of batch size = draft tokens (llmtool/core/speculation/build.py). proposer: who drafts them.
+    spec_branches: ways on that a draft from text shows at most; with more than 1 it is a tree.
     data_parallel_size: engines with the whole model each, behind a router; limits and memory given are each one's.
     disaggregate: PREFILL:DECODE, numbers of engines for prompts and for the tokens after the first; "" for engines
     that do both. replica_timeout: seconds without a sign of life after which one of several engines is killed and
@@ -114,6 +115,7 @@ class EngineConfig:
     step_log: str | None = None
     spec: str = "off"
     proposer: str = "suffix"
+    spec_branches: int = 1
     data_parallel_size: int = 1
     disaggregate: str = ""
     replica_timeout: float = 60.0
@@ -181,6 +183,12 @@ class EngineConfig:
                 f"disaggregate {self.disaggregate} moves KV between engines of one process, and these have "
                 f"{self.ranks}.",
                 "Leave out --tensor-parallel-size and --pipeline-parallel-size, or --disaggregate.",
+            )
+        if self.spec_branches > 1 and self.ranks > 1:
+            raise UsageError(
+                f"spec_branches {self.spec_branches} moves KV after a step, and an engine of {self.ranks} processes "
+                "does not.",
+                "Leave out --spec-branches.",
             )
         if self.engines > 1 and self.master_port:
             raise UsageError(

@@ -234,6 +234,41 @@ def store_rows(
             rows[units, slots] = stored.flatten(1)
 
 
+def move_tokens(
+    arena: Tensor,
+    layout: KVLayout,
+    dtype: torch.dtype,
+    tiles: bool,
+    from_units: Tensor,
+    from_slots: Tensor,
+    to_units: Tensor,
+    to_slots: Tensor,
+) -> None:
+    """Copy keys and values of tokens to other places, units and slots int64 [N]; reading comes before writing.
+
+    dtype: of stored elements. tiles: the layer lies as the CPU's operations read it (cpu/csrc/page.h).
+    """
+    k_pages, v_pages = page_rows(arena, layout, dtype)
+    if not tiles:
+        for pages in (k_pages, v_pages) if layout.v_head_dim else (k_pages,):
+            rows = pages.unflatten(1, (layout.tokens_per_page, -1))  # [U, slot, Hkv * D]
+            rows[to_units, to_slots] = rows[from_units, from_slots]
+        return
+    pair, heads = 4 // dtype.itemsize, layout.num_kv_heads
+    keys = k_pages.unflatten(
+        1, (heads, -1, layout.k_head_dim // pair, 16, pair)
+    )  # [U, Hkv, T / 16, D / 2, 16, 2]
+    keys[to_units, :, to_slots // 16, :, to_slots % 16] = keys[
+        from_units, :, from_slots // 16, :, from_slots % 16
+    ]
+    values = v_pages.unflatten(1, (heads, -1, layout.v_head_dim, pair))  # [U, Hkv, T / 2, D, 2]
+    to, start = (
+        (to_units, to_slots // pair, to_slots % pair),
+        (from_units, from_slots // pair, from_slots % pair),
+    )
+    values[to[0], :, to[1], :, to[2]] = values[start[0], :, start[1], :, start[2]]
+
+
 def page_rows(arena: Tensor, layout: KVLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """One layer's K [U, T * Hkv * Dk] and V [U, T * Hkv * Dv], row u being what a page at unit u would hold.
 

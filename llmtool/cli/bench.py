@@ -174,6 +174,7 @@ def bench(
     distributed_timeout_seconds: engine.DistributedTimeout = None,
     spec: engine.Spec = None,
     proposer: engine.Proposer = None,
+    spec_branches: engine.SpecBranches = None,
     step_log: engine.StepLog = None,
     data_parallel_size: engine.DataParallelSize = None,
     disaggregate: engine.Disaggregate = None,

@@ -46,6 +46,8 @@ def simulate(config: BenchConfig, engine: EngineConfig, acceptance: float, cover
             "--simulate takes made-up lengths and given rates.",
             "Give --random-input-len, --random-output-len and --request-rate.",
         )
+    if engine.spec_branches != 1:
+        raise UsageError("--simulate drafts one way on, not several.", "Leave --spec-branches out.")
     device, ir = find_device(engine.device), read_model(engine.model)
     profile, _ = engine_for(device.name, "llmtool")
     d = config.dataset

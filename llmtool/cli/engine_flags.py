@@ -76,6 +76,13 @@ Spec = Annotated[
 Proposer = Annotated[
     str | None, _option("--proposer", "Who drafts: suffix (default), draft:MODEL, pruned[:LAYERS] or union.")
 ]
+SpecBranches = Annotated[
+    int | None,
+    _option(
+        "--spec-branches",
+        "Ways on that a draft from text shows (default 1: a chain; up to 8: a tree, grown by --spec auto).",
+    ),
+]
 _parallel = "Parallelism"
 
 

@@ -93,6 +93,7 @@ def serve(
     seed: Annotated[int | None, typer.Option(help="Of requests that bring none.")] = None,
     spec: engine.Spec = None,
     proposer: engine.Proposer = None,
+    spec_branches: engine.SpecBranches = None,
     step_log: engine.StepLog = None,
     data_parallel_size: engine.DataParallelSize = None,
     disaggregate: engine.Disaggregate = None,

@@ -58,6 +58,9 @@ class ScheduledRequest:
     new_pages: per KV group, table entries to append; table_edits: (group, index, entry) to overwrite, as
     copy-on-write does. sample: the last position's logits are to be sampled. draft: guesses at the tokens that
     follow the last known one; they are the last of num_tokens, and the token after each of them is sampled too.
+    parents: of a tree of drafts, the index of the one that each follows, which is before it; -1: the last known
+    token. () where each follows the one before it. Their KV is laid down in this order, and that of the drafts that
+    were right is moved to its place by the executor.
     keep_pages: per group, how many entries of the table are left before new_pages are appended; () keeps all.
     """
 
@@ -70,6 +73,15 @@ class ScheduledRequest:
     table_edits: Sequence[tuple[int, int, int]] = ()
     draft: Sequence[int] = ()
     keep_pages: Sequence[int] = ()
+    parents: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTree:
+    """Drafts of which several may follow the same token: tokens and parents as in ScheduledRequest."""
+
+    tokens: Sequence[int]
+    parents: Sequence[int]
 
 
 @dataclass(slots=True)
@@ -98,7 +110,8 @@ class StepResult:
     """What a step produced.
 
     tokens: parallel to SchedulerOutput.scheduled, the sampled tokens ([] where sample was False): one, and one more
-    for each draft token that equals the token sampled in its place and follows only such.
+    for each draft token that equals the token sampled in its place and follows only such; of a tree, along the path
+    of such drafts.
     logprobs: for sequences that asked, one per sampled token. prompt_logprobs: for sequences that asked, of the
     positions this step computed: logprobs of tokens [start + 1, start + num_tokens], last one only if known.
     errors: sequences that failed, with a sentence; they are finished with FinishReason.ERROR.
@@ -138,7 +151,7 @@ class Drafts(Protocol):
 
     def plan(
         self, out: SchedulerOutput, decoding: Sequence[int], work: Sequence[Request], room: int
-    ) -> Sequence[Sequence[int]]:
+    ) -> Sequence[Sequence[int] | DraftTree]:
         """Draft tokens for entries `decoding` of out.scheduled, which compute one token each and sample the next;
         at most `room` in all. work: the sequences of out.scheduled."""
         ...

@@ -20,7 +20,15 @@ from llmtool.core.admission import Admission
 from llmtool.core.commit import Committer
 from llmtool.core.memory.allocator import Entries, Extension, Handover, KVAllocator, OutOfPages
 from llmtool.core.memory.geometry import STATES
-from llmtool.core.ports import Drafts, NewRequest, Received, ScheduledRequest, SchedulerOutput, StepResult
+from llmtool.core.ports import (
+    Drafts,
+    DraftTree,
+    NewRequest,
+    Received,
+    ScheduledRequest,
+    SchedulerOutput,
+    StepResult,
+)
 from llmtool.core.request import FinishReason, Request, RequestStatus, SamplingParams, SequenceOutput
 from llmtool.core.roster import Roster, is_idle
 from llmtool.core.stats import EngineStats, SpecCounters
@@ -424,9 +432,13 @@ class Scheduler:
         ]
         planned = drafts.plan(out, decoding, work, self._budget(out))
         self._drafted = 0
-        for i, tokens in zip(decoding, planned, strict=True):
+        for i, draft in zip(decoding, planned, strict=True):
+            tokens = draft.tokens if isinstance(draft, DraftTree) else draft
             if tokens:
-                self._drafted += self._add_draft(out.scheduled[i], work[i], tokens, out)
+                count = self._add_draft(out.scheduled[i], work[i], tokens, out)
+                self._drafted += count
+                if isinstance(draft, DraftTree):  # each follows one before it: the first ones are a tree too
+                    out.scheduled[i].parents = tuple(draft.parents[:count])
 
     def _add_draft(
         self, entry: ScheduledRequest, request: Request, tokens: Sequence[int], out: SchedulerOutput

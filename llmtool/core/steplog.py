@@ -22,7 +22,7 @@ from llmtool.core.memory.page_plan import PagePlan, Pool
 from llmtool.core.memory.select import make_allocator
 from llmtool.core.memory.two_level import TwoLevelAllocator
 from llmtool.core.memory.uniform import UniformAllocator
-from llmtool.core.ports import Drafts, SchedulerOutput, StepResult
+from llmtool.core.ports import Drafts, DraftTree, SchedulerOutput, StepResult
 from llmtool.core.request import BeamParams, Grammar, Request, SamplingParams, TokenLogprob
 from llmtool.core.scheduler import Scheduler
 from llmtool.core.stats import SpecCounters
@@ -61,6 +61,7 @@ def decision(out: SchedulerOutput) -> dict[str, Any]:
                 [list(p) for p in s.new_pages],
                 list(s.table_edits),
                 *([list(s.draft), list(s.keep_pages)] if s.draft or s.keep_pages else ()),
+                *([list(s.parents)] if s.parents else ()),
             )
             for s in out.scheduled
         ],
@@ -236,11 +237,11 @@ class RecordedDrafts:
     """The drafts of the step that is decided next: to a replay they are given, as results are."""
 
     def __init__(self) -> None:
-        self.drafts: dict[str, list[int]] = {}
+        self.drafts: dict[str, list[int] | DraftTree] = {}
 
     def plan(
         self, out: SchedulerOutput, decoding: Sequence[int], work: Sequence[Request], room: int
-    ) -> list[list[int]]:
+    ) -> list[list[int] | DraftTree]:
         return [self.drafts.get(work[i].id, []) for i in decoding]
 
     def record(self, out: SchedulerOutput, result: StepResult) -> None:
@@ -287,7 +288,9 @@ def replay(path: str | Path) -> Replay:
         elif row["kind"] == "abort":
             scheduler.abort(row["id"], row["index"], now)
         elif row["kind"] == "schedule":
-            drafts.drafts = {s[0]: s[7] for s in row["scheduled"] if len(s) > 7}
+            drafts.drafts = {
+                s[0]: DraftTree(s[7], s[9]) if len(s) > 9 else s[7] for s in row["scheduled"] if len(s) > 7
+            }
             out = scheduler.schedule(now)
             made = json.loads(json.dumps(decision(out)))
             recorded = {k: v for k, v in row.items() if k not in ("kind", "now")}

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from llmtool_kernels.attention import AttentionBatch, KVLayout
+from llmtool_kernels.cpu.abi import TILES
+from llmtool_kernels.cpu.attention import arrangement
 from llmtool_kernels.cpu.linear import PackedLinear
 from llmtool_kernels.cpu.native import Native
 from llmtool_kernels.cpu.program import Program, StepState
@@ -139,6 +141,13 @@ class CpuDecoder:
             if buffer is not None:
                 buffer[:m] = buffer[wanted]
         return Step(m, StepState(wanted, step.kv.arena, (), ()), (), step.kv)
+
+    @property
+    def tiled(self) -> frozenset[int]:
+        """The layers whose keys and values lie in tiles, once a step has run."""
+        places, latent = self._places or {}, LatentAttentionWeights
+        ours = {i for i, w in enumerate(self._layers) if not isinstance(w.attention, latent)}
+        return frozenset(i for i, (layout, _) in places.items() if i in ours and arrangement(layout) == TILES)
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """float32 [N, hidden]"""

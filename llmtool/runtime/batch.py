@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from llmtool.core.memory.geometry import STATES, KVCacheGroup
 from llmtool.core.ports import NewRequest, ScheduledRequest
 from llmtool.models.recurrent import StateBatch, StateChunk
+from llmtool.runtime.verify import depths_of, words_of
 
 Ints = NDArray[np.int64]
 
@@ -26,7 +27,7 @@ class StepInputs:
     """One step's B sequences, N new tokens in all.
 
     rows, starts, lengths: [B] row, first position and number of new tokens of each sequence. input_ids,
-    positions: [N] int64 on the device. batches: one per KV group.
+    positions: [N] int64 on the device. batches: one per KV group. trees: drafts are not all chains.
     """
 
     rows: Ints
@@ -35,6 +36,7 @@ class StepInputs:
     input_ids: torch.Tensor
     positions: torch.Tensor
     batches: tuple[AttentionBatch | StateBatch, ...]
+    trees: bool = False
 
     @property
     def ends(self) -> Ints:
@@ -126,7 +128,9 @@ class SequenceTable:
         drafted = np.array([len(entry.draft) for entry in scheduled], np.int64)
         assert (ends <= self.num_tokens[rows] + drafted).all(), "a token is computed before it is known"
         flat_rows = np.repeat(rows, lengths)  # [N]
-        positions = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], lengths)  # [N]
+        # [N] places in the KV memory, which are positions but for drafts in trees.
+        places = np.arange(query_start[-1]) + np.repeat(starts - query_start[:-1], lengths)
+        positions, words = self._trees(scheduled, starts, lengths, places)
 
         def on_device(array: NDArray[np.generic]) -> torch.Tensor:
             return torch.from_numpy(array).to(device, non_blocking=True)
@@ -138,7 +142,7 @@ class SequenceTable:
             if group.layers[0].kind in STATES:
                 batches.append(self._states(g, rows, starts, lengths, device))
                 continue
-            page, slot = np.divmod(positions, group.tokens_per_page)
+            page, slot = np.divmod(places, group.tokens_per_page)
             batches.append(
                 AttentionBatch(
                     query_start=on_device(query_start),
@@ -148,10 +152,45 @@ class SequenceTable:
                     token_slots=on_device(slot),
                     query_lens=lengths.tolist(),
                     kv_lens=ends.tolist(),
+                    tree=None if words is None else on_device(words),
+                    tree_depth=0 if words is None else int(np.bitwise_count(words.view(np.uint64)).max()),
                 )
             )
-        input_ids = self.tokens[flat_rows, positions].astype(np.int64)
-        return StepInputs(rows, starts, lengths, on_device(input_ids), on_device(positions), tuple(batches))
+        input_ids = self.tokens[flat_rows, places].astype(np.int64)
+        return StepInputs(
+            rows,
+            starts,
+            lengths,
+            on_device(input_ids),
+            on_device(positions),
+            tuple(batches),
+            words is not None,
+        )
+
+    def places(self, g: int, row: int, positions: Ints) -> tuple[Ints, Ints]:
+        """Page offsets in units and slots of a sequence's tokens in a group."""
+        page, slot = np.divmod(positions, self.groups[g].tokens_per_page)
+        return self.tables[g][row, page].astype(np.int64), slot
+
+    @staticmethod
+    def _trees(
+        scheduled: Sequence[ScheduledRequest], starts: Ints, lengths: Ints, places: Ints
+    ) -> tuple[Ints, Ints | None]:
+        """Positions [N], which of a tree's drafts are their depths, and what each token sees of its sequence's new
+        ones (AttentionBatch.tree); None where all drafts are chains."""
+        if not any(entry.parents for entry in scheduled):
+            return places, None
+        positions, words, at = places.copy(), np.zeros(len(places), np.int64), 0
+        for entry, start, length in zip(scheduled, starts.tolist(), lengths.tolist(), strict=True):
+            part = slice(at, at + length)
+            if entry.parents:
+                assert length == len(entry.parents) + 1, "a tree's root is one token"
+                positions[part] = start + np.array(depths_of(entry.parents))
+                words[part] = words_of(entry.parents)
+            else:
+                words[part] = words_of(range(-1, length - 2)) if length > 1 else 1
+            at += length
+        return positions, words
 
     def _states(self, g: int, rows: Ints, starts: Ints, lengths: Ints, device: torch.device) -> StateBatch:
         """Where each sequence's state is read and written. A table's entries name the same page as long as the

@@ -69,15 +69,18 @@ def main(connection: Connection, config: EngineConfig, factory: str, parent: int
         started = time.monotonic()
         place.take()
         # These two before the model is loaded: bad settings and a bad path should fail at once.
-        check_speculation(config.spec, config.proposer)
+        check_speculation(config.spec, config.proposer, config.spec_branches)
         log_file = _open_log(config.step_log)
         parts = _build(connection, config, factory)
         drafts = learned = health = None
         if isinstance(parts, EngineParts):
             health, close = parts.health, parts.close
-            drafts = speculator_of(config.spec, config.proposer, parts.drafter)
+            drafts = speculator_of(config.spec, config.proposer, parts.drafter, config.spec_branches)
         if drafts is not None:
-            learned = Learned(cache_dir(), parts.info, drafts.controller, config.proposer)
+            proposer = (
+                config.proposer if config.spec_branches == 1 else f"{config.proposer}-{config.spec_branches}"
+            )
+            learned = Learned(cache_dir(), parts.info, drafts.controller, proposer)
         engine = _engine(parts, config, log_file, drafts)
         info = replace(parts.info, load_seconds=time.monotonic() - started, pid=os.getpid())
         if place.key is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from llmtool_kernels.attention import move_tokens
 
 from llmtool.config import EngineConfig, SchedulerConfig
 from llmtool.core.memory.geometry import uniform_group
@@ -23,6 +24,7 @@ from llmtool.core.memory.tables import PlanPages
 from llmtool.core.ports import NewRequest, ScheduledRequest, SchedulerOutput, StepResult
 from llmtool.core.request import SamplingParams, TokenLogprob
 from llmtool.errors import LLMToolError, ModelError, RequestError
+from llmtool.models.cpu_decoder import CpuDecoder
 from llmtool.models.decoder import Decoder, KVContext
 from llmtool.models.kv_scales import checked
 from llmtool.models.loader import load
@@ -77,7 +79,7 @@ class _Sampled:
     """Sequences that are sampled: their drafts, the rows [S] of the step, the positions [S] and numbers [S] of the
     tokens to come."""
 
-    ids: list[str]
+    entries: list[ScheduledRequest]
     places: SampledRows
     rows: Ints
     positions: Ints
@@ -286,28 +288,28 @@ class TorchExecutor:
         which = np.flatnonzero([e.sample and e.id not in step.outcome.errors for e in scheduled])
         if len(which):
             sampled = [scheduled[i] for i in which]
-            places = SampledRows.of([e.draft for e in sampled], rows[which])
+            places = SampledRows.of([e.draft for e in sampled], rows[which], [e.parents for e in sampled])
             last = places.spread(inputs.ends[which] - places.drafted) + places.offsets - 1
-            ends = (inputs.starts + inputs.lengths)[which]
-            positions = places.spread(ends - places.drafted) + places.offsets
+            known = (inputs.starts + inputs.lengths)[which] - places.drafted
+            positions = places.spread(known) + places.depths
             outputs = self._sequences.num_tokens[places.rows] - self._sequences.num_prompt[places.rows]
-            step.sampled = _Sampled(
-                [e.id for e in sampled], places, last, positions, outputs + places.offsets
-            )
+            step.sampled = _Sampled(sampled, places, last, positions, outputs + places.depths)
         step.hidden = self._forward(step, inputs)
 
     def _forward(self, step: _Step, inputs: StepInputs) -> torch.Tensor | None:
         """Hidden states [R, hidden] of the rows of `step.wanted`, chunk after chunk; None where another rank has
         them."""
         rows = wanted_rows(step.wanted)
+        captured = self._graphs is not None and not inputs.trees
         kv = KVContext(self.store.arena, self._layers, inputs.batches, self._states)
-        if self._graphs is None and len(rows) < len(inputs.input_ids):
+        if not captured and len(rows) < len(inputs.input_ids):
             wanted = torch.from_numpy(rows).to(self.model.device)
             return self.model.forward(inputs.input_ids, inputs.positions, kv, wanted)
-        if self._graphs is None:
-            every = self.model.forward(inputs.input_ids, inputs.positions, kv)
-        else:
+        if captured:
+            assert self._graphs is not None
             every = self._graphs.forward(inputs)
+        else:
+            every = self.model.forward(inputs.input_ids, inputs.positions, kv)
         return every[torch.from_numpy(rows).to(every.device)]
 
     def _logits(self, hidden: torch.Tensor | None, begin: int, count: int) -> torch.Tensor:
@@ -316,8 +318,8 @@ class TorchExecutor:
         return self.model.logits(hidden[begin : begin + count])
 
     def _sample(self, step: _Sampled, logits: torch.Tensor, outcome: _Outcome) -> None:
-        ids, places, positions = step.ids, step.places, step.positions
-        rows = places.rows
+        places, positions = step.places, step.positions
+        rows, ids = places.rows, [entry.id for entry in step.entries]
         mask, broken = self._grammar_mask(places)
         sampled, peaks = sample(
             logits, self._sampling, rows, positions, step.num_outputs, mask, places.ahead()
@@ -325,12 +327,16 @@ class TorchExecutor:
         for i in torch.nonzero(~torch.isfinite(peaks)).flatten().tolist():
             broken.setdefault(i, _why_not(peaks[i].item(), int(positions[i])))
         kept: list[int] = []
-        for seq, (begin, tokens) in zip(ids, places.accepted(sampled.tolist(), broken), strict=True):
+        for entry, (path, tokens) in zip(
+            step.entries, places.accepted(sampled.tolist(), broken), strict=True
+        ):
             if tokens:
-                outcome.tokens[seq] = tokens
-                kept += range(begin, begin + len(tokens))
+                outcome.tokens[entry.id] = tokens
+                kept += path
             else:
-                outcome.errors[seq] = broken[begin]
+                outcome.errors[entry.id] = broken[path[0]]
+            if entry.parents:
+                self._settle(entry, np.array(path) - path[0])
         if not self._logprobs:
             return
         asked = [i for i in kept if int(rows[i]) in self._logprobs]
@@ -338,6 +344,21 @@ class TorchExecutor:
         counts = [self._logprobs[int(rows[i])] for i in asked]
         for i, logprob in zip(asked, token_logprobs(logits[at], sampled[at], counts), strict=True):
             outcome.logprobs.setdefault(ids[places.owners[i]], []).append(logprob)
+
+    def _settle(self, entry: ScheduledRequest, path: Ints) -> None:
+        """Move the KV of a tree's right drafts behind the token before them. path: their numbers in the sequence's
+        rows of the step, from the root, 0."""
+        moved = np.flatnonzero(path != np.arange(len(path)))
+        if not len(moved):
+            return
+        row = self._sequences.row_of[entry.id]
+        source, target = entry.start + path[moved], entry.start + moved
+        places = self._sequences.places
+        by_group = [(*places(g, row, source), *places(g, row, target)) for g in range(len(self.store.groups))]
+        tiled = self.model.tiled if isinstance(self.model, CpuDecoder) else frozenset[int]()
+        for layer, (layout, g) in self._layers.items():
+            at = (torch.from_numpy(a).to(self.store.device) for a in by_group[g])
+            move_tokens(self.store.arena, layout, layout.element(self.model.dtype), layer in tiled, *at)
 
     def _prompt_parts(self, scheduled: Sequence[ScheduledRequest], inputs: StepInputs) -> list[_PromptPart]:
         """The prompt tokens that this step's positions predict, of sequences that want them scored."""
@@ -376,6 +397,7 @@ class TorchExecutor:
             return None, {}
         at: list[int] = []
         matchers: list[LLMatcher] = []
+        of_row: dict[int, LLMatcher] = {}
         for i, row in enumerate(places.rows.tolist()):
             matcher = self._matchers.get(row)
             if matcher is None:
@@ -384,10 +406,12 @@ class TorchExecutor:
             if (
                 offset
             ):  # as if the drafts before it were its output; where one is not allowed, the rest is idle
-                matcher = matchers[-1].deep_copy()
-                accept(matcher, places.drafts[places.owners[i]][offset - 1 : offset])
+                owner = int(places.owners[i])
+                matcher = of_row[i - offset + places.before(owner, offset)].deep_copy()
+                accept(matcher, places.drafts[owner][offset - 1 : offset])
             at.append(i)
             matchers.append(matcher)
+            of_row[i] = matcher
         if not at:
             return None, {}
         assert self._compiler is not None

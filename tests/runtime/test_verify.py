@@ -14,7 +14,7 @@ from scipy.stats import chi2
 
 from llmtool.core.request import SamplingParams
 from llmtool.runtime.sampler import SamplingRows, sample
-from llmtool.runtime.verify import SampledRows
+from llmtool.runtime.verify import SampledRows, depths_of, words_of
 
 N, V = 10_000, 32
 ALPHA = 1e-3
@@ -47,7 +47,7 @@ def test_drafts_are_accepted_while_they_are_what_was_sampled(
     sampled: list[int], broken: set[int], tokens: list[int]
 ) -> None:
     places = SampledRows.of([(1, 2)], np.array([0]))
-    assert list(places.accepted(sampled, broken)) == [(0, tokens)]
+    assert list(places.accepted(sampled, broken)) == [(range(max(1, len(tokens))), tokens)]
 
 
 @given(st.lists(st.lists(st.integers(0, 1), max_size=5), max_size=4), st.randoms(use_true_random=False))
@@ -55,13 +55,57 @@ def test_acceptance_is_walking_one_by_one(drafts: list[list[int]], rng: object) 
     places = SampledRows.of(drafts, np.arange(len(drafts)))
     sampled = [rng.randint(0, 1) for _ in places.rows]  # type: ignore[attr-defined]
     begin = 0
-    for draft, (first, tokens) in zip(drafts, places.accepted(sampled, ()), strict=True):
+    for draft, (path, tokens) in zip(drafts, places.accepted(sampled, ()), strict=True):
         own = sampled[begin : begin + len(draft) + 1]
         right = 0
         while right < len(draft) and own[right] == draft[right]:
             right += 1
-        assert (first, tokens) == (begin, own[: right + 1])
+        assert (list(path), tokens) == (list(range(begin, begin + right + 1)), own[: right + 1])
         begin += len(own)
+
+
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[list[int], list[int]]:
+    size = draw(st.integers(1, 9))
+    return [draw(st.integers(0, 2)) for _ in range(size)], [draw(st.integers(-1, i - 1)) for i in range(size)]
+
+
+def path_to(node: int, parents: Sequence[int]) -> list[int]:
+    """The nodes from a tree's root to this one, by the definition."""
+    return [] if node < 0 else [*path_to(parents[node], parents), node]
+
+
+@given(st.lists(trees() | st.just(([], [])), min_size=1, max_size=3), st.randoms(use_true_random=False))
+def test_a_tree_is_walked_from_its_root(drafts: list[tuple[list[int], list[int]]], rng: object) -> None:
+    places = SampledRows.of([d for d, _ in drafts], np.arange(len(drafts)), [p for _, p in drafts])
+    sampled = [rng.randint(0, 2) for _ in places.rows]  # type: ignore[attr-defined]
+    begin = 0
+    for (draft, parents), (rows, tokens) in zip(drafts, places.accepted(sampled, ()), strict=True):
+        best: list[int] = []  # the longest path whose every token is what was sampled before it
+        twins = list(zip(parents, draft, strict=True))  # of equal ones after the same token the first counts
+        for node in range(len(draft)):
+            path = path_to(node, parents)
+            before = [-1, *path[:-1]]
+            right = all(draft[n] == sampled[begin + b + 1] for n, b in zip(path, before, strict=True))
+            right = right and all(twins.index(twins[n]) == n for n in path)
+            if right and len(path) > len(best):
+                best = path
+        assert tokens == [sampled[begin + n + 1] for n in [-1, *best]]
+        assert list(rows) == [begin, *(begin + n + 1 for n in best)]
+        for node in range(len(draft)):
+            path = path_to(node, parents)
+            row = begin + node + 1
+            assert places.depths[row] == len(path)
+            if any(parents):
+                assert list(places.ahead()[row]) == [draft[n] for n in path]
+                bits = sum(1 << (n + 1) for n in path) | 1
+                assert words_of(parents)[node + 1] == bits
+        begin += len(draft) + 1
+
+
+def test_the_last_bit_of_a_word_is_its_sign() -> None:
+    words = words_of(range(-1, 62))
+    assert words[62] == 2**63 - 1 and words[63] == -1 and depths_of(range(-1, 62)) == list(range(64))
 
 
 # -- in distribution ---------------------------------------------------------------------------------------
@@ -173,4 +217,4 @@ def test_greedy_takes_the_lowest_of_equals_in_every_row() -> None:
     rows.add(0, SamplingParams(temperature=0), 0, [], [])
     places = SampledRows.of([(9,)], np.array([0]))
     tokens, _ = sample(logits, rows, places.rows, np.array([3, 4]), places.offsets)
-    assert list(places.accepted(tokens.tolist(), ())) == [(0, [4])]
+    assert list(places.accepted(tokens.tolist(), ())) == [(range(1), [4])]

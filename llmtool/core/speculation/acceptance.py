@@ -28,6 +28,9 @@ ENOUGH = 16.0  # observations after which the prior of the first fades: a drafte
 # A cell remembers about its last 100 observations, or 33 steps if those hold more.
 MEMORY, STEP_MEMORY = 0.99, 0.97
 DRIFT = 0.998  # and the table about its last 500 steps
+_KEPT = np.maximum(
+    MEMORY ** np.arange(8), STEP_MEMORY
+)  # by a step's observations; the same for all further ones
 
 
 _LONGEST = int(BOUNDS[-1])  # longer matches are in its class
@@ -48,24 +51,28 @@ class AcceptanceTable:
     """Decayed Beta counts [proposers * CLASSES, MAX_DEPTH]; proposers are added as their numbers appear."""
 
     def __init__(self) -> None:
-        self._hits = np.zeros((0, MAX_DEPTH))
-        self._tries = np.zeros((0, MAX_DEPTH))
+        self._counts = np.zeros((2, 0, MAX_DEPTH))  # tries, hits
         self._survival: Floats | None = None
+        self._rows: tuple[Ints, Ints, Ints] | None = None  # the last sources and matches, and their rows
 
     def rows(self, sources: Ints, matches: Ints) -> Ints:
         """[B] rows of drafts, which exist afterwards."""
+        last = self._rows
+        if last is not None and last[0] is sources and last[1] is matches:
+            return last[2]  # a step that was planned is recorded
         wanted = (int(sources.max(initial=0)) + 1) * CLASSES
-        if wanted > len(self._hits):
-            more = np.zeros((wanted - len(self._hits), MAX_DEPTH))
-            self._hits, self._tries = np.vstack([self._hits, more]), np.vstack([self._tries, more])
+        have = self._counts.shape[1]
+        if wanted > have:
+            self._counts = np.concatenate([self._counts, np.zeros((2, wanted - have, MAX_DEPTH))], axis=1)
             self._survival = None
-        return sources * CLASSES + match_class(matches)
+        rows = sources * CLASSES + match_class(matches)
+        self._rows = sources, matches, rows
+        return rows
 
     def survival(self) -> Floats:
         """[rows, MAX_DEPTH] chance that a draft is right up to and including each position; never rises."""
         if self._survival is None:
-            hits = self._hits.reshape(-1, CLASSES, MAX_DEPTH)
-            tries = self._tries.reshape(-1, CLASSES, MAX_DEPTH)
+            tries, hits = self._counts.reshape(2, -1, CLASSES, MAX_DEPTH)
             weight = FIRST_WEIGHT / (1.0 + (tries[..., 0] / ENOUGH) ** 2)  # [proposers, CLASSES]
             first = (hits[..., 0] + weight * PRIOR) / (tries[..., 0] + weight)
             hazard = (hits + PRIOR_WEIGHT * first[:, LATER]) / (tries + PRIOR_WEIGHT)
@@ -80,22 +87,19 @@ class AcceptanceTable:
         right = np.minimum(record.matched, seen)
         tried = np.minimum(right + 1, seen)
         rows = self.rows(view.sources, view.matches)
-        self._hits *= DRIFT
-        self._tries *= DRIFT
-        if not tried.any():
-            self._survival = None
-            return
-        tries, hits = self.longer(rows, tried), self.longer(rows, right)
-        kept = np.maximum(MEMORY**tries, STEP_MEMORY)
-        self._hits = self._hits * kept + hits
-        self._tries = self._tries * kept + tries
         self._survival = None
+        self._counts *= DRIFT
+        size = self._counts.shape[1] * (MAX_DEPTH + 1)
+        first = rows * (MAX_DEPTH + 1)
+        new = _longer(np.concatenate([first + tried, first + right + size]), 2 * size).reshape(
+            self._counts.shape
+        )
+        self._counts *= _KEPT[np.minimum(new[0], len(_KEPT) - 1)]
+        self._counts += new
 
     def longer(self, rows: Ints, lengths: Ints) -> Ints:
         """[rows, MAX_DEPTH] how many of each row's lengths are longer than each position."""
-        width = MAX_DEPTH + 1
-        counts = np.bincount(rows * width + lengths, minlength=len(self._hits) * width).reshape(-1, width)
-        return counts[:, :0:-1].cumsum(axis=1)[:, ::-1]
+        return _longer(rows * (MAX_DEPTH + 1) + lengths, self._counts.shape[1] * (MAX_DEPTH + 1))
 
     def first(self) -> dict[str, list[float]]:
         """Per proposer number, the estimated acceptance of a first draft token by class of match length."""
@@ -103,7 +107,7 @@ class AcceptanceTable:
         return {str(i): [round(float(p), 4) for p in row] for i, row in enumerate(table)}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"hits": self._hits.tolist(), "tries": self._tries.tolist()}
+        return {"hits": self._counts[1].tolist(), "tries": self._counts[0].tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises UsageError if the table has another shape."""
@@ -113,4 +117,11 @@ class AcceptanceTable:
                 f"A saved acceptance table has {len(hits)} and {len(tries)} rows, not multiples of {CLASSES}.",
                 "Delete the file; it is learned anew.",
             )
-        self._hits, self._tries, self._survival = hits, tries, None
+        self._counts, self._survival, self._rows = np.stack([tries, hits]), None, None
+
+
+def _longer(cells: Ints, size: int) -> Ints:
+    """[rows, MAX_DEPTH] how many lengths of each row are longer than each position. cells: row * (MAX_DEPTH + 1) +
+    length; size: what is above them all."""
+    counts = np.bincount(cells, minlength=size).reshape(-1, MAX_DEPTH + 1)
+    return counts[:, :0:-1].cumsum(axis=1)[:, ::-1]

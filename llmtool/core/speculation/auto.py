@@ -43,9 +43,11 @@ class _Load:
 
 
 class AutoController:
-    """cost: a step cost to share or to start from. max_depth: draft tokens of a sequence in one step, at most."""
+    """cost: a step cost to share or to start from. max_depth: draft tokens of a sequence in one step, at most; of a
+    tree along one path. A tree grows by the same rule as a chain: token by token while they pay."""
 
     name = "auto"
+    trees = True
 
     def __init__(self, cost: LearnedStepCost | None = None, max_depth: int = MAX_DEPTH) -> None:
         self.cost = LearnedStepCost() if cost is None else cost
@@ -66,7 +68,8 @@ class AutoController:
         elif not limits.any():
             why = "no drafts"
         elif self.cost.known:
-            lengths, why = self._choose(view, limits, load)
+            choose = self._choose_trees if len(view.on) else self._choose
+            lengths, why = choose(view, limits, load)
         if (
             view.modelled
             and not load.hold
@@ -90,14 +93,14 @@ class AutoController:
         best_gain, lengths = 0.0, np.zeros_like(limits)
         for depth in range(1, width + 1) if view.modelled else (width,):
             chance, count = survival[:, :depth].ravel(), slots[:, :depth].ravel()
-            order = np.flatnonzero(count)  # of equals in a row, the earlier position first
+            order = count.nonzero()[0]  # of equals in a row, the earlier position first
             order = order[(-chance[order]).argsort(kind="stable")]
             ordered = np.repeat(chance[order], count[order])[:room]
             tokens = np.empty(len(ordered) + 1)
             tokens[0] = view.batch
-            np.cumsum(ordered, out=tokens[1:])
+            ordered.cumsum(out=tokens[1:])
             tokens[1:] += view.batch
-            curve = self.cost.curve(view.num_tokens + np.arange(len(tokens)), view.kv_tokens)
+            curve = self.cost.curve(_upwards(view.num_tokens, len(tokens)), view.kv_tokens)
             drafting = depth * self.cost.per_depth if view.modelled else 0.0
             seconds = curve - (curve[0] - off - drafting)
             rate = load_rate or self._steady(tokens, seconds, view.batch / off)
@@ -113,6 +116,31 @@ class AutoController:
         self._last["gain"] = best_gain
         return lengths, "pays" if best_gain > 0 else "does not pay"
 
+    def _choose_trees(self, view: StepView, limits: Ints, load: _Load) -> tuple[Ints, str]:
+        """The same for trees: a token's chance is that of its whole path, and so never above that of the one before
+        it; the n largest are trees again."""
+        rows = self.acceptance.rows(view.sources, view.matches)
+        survival = self.acceptance.survival()[rows]  # [B + X, MAX_DEPTH]
+        for i, (on, at) in enumerate(zip(view.on.tolist(), view.at.tolist(), strict=True), view.batch):
+            if at:
+                survival[i] *= survival[on, at - 1]
+        owners = np.repeat(np.arange(len(limits)), limits)  # a token each, parents before what follows them
+        places = np.arange(len(owners)) - np.repeat(np.cumsum(limits) - limits, limits)
+        chance = survival[owners, places]
+        room = max(0, int(GROWTH * self.cost.largest) + 1 - view.num_tokens)
+        order = (-chance).argsort(kind="stable")[:room]
+        off, load_rate = self._decode_seconds(view), load.tokens / load.seconds if load.seconds > 0 else 0.0
+        tokens = view.batch + np.concatenate([[0.0], np.cumsum(chance[order])])
+        curve = self.cost.curve(view.num_tokens + np.arange(len(tokens)), view.kv_tokens)
+        seconds = curve - (curve[0] - off)
+        rate = load_rate or self._steady(tokens, seconds, view.batch / off)
+        gains = tokens - rate * seconds
+        n = int(gains.argmax())
+        gain = float(gains[n] - gains[0])
+        self._last |= {"goodput": float(rate), "gain": gain}
+        self._last["seconds_per_token"] = float(curve[-1] - curve[0]) / max(1, len(curve) - 1)
+        return np.bincount(owners[order[:n]], minlength=len(limits)), "pays" if n else "does not pay"
+
     @staticmethod
     def _steady(tokens: Floats, seconds: Floats, off: float) -> float:
         """Goodput of a load that is met for the first time: the best that is predicted for it."""
@@ -127,10 +155,11 @@ class AutoController:
     def record(self, record: StepRecord) -> None:
         view = record.view
         drafted = int(record.lengths.sum())
+        num_tokens = view.num_tokens + drafted
         depth = int(record.lengths.max(initial=0)) if view.modelled else 0
         if not view.modelled or depth:
             self.acceptance.record(record)
-        self.cost.record(record.num_tokens, view.kv_tokens, depth, record.seconds)
+        self.cost.record(num_tokens, view.kv_tokens, depth, record.seconds)
         if view.modelled:
             self._idle = 0 if depth else self._idle + 1
             if depth and self._last.get("why") == "pays":
@@ -140,10 +169,11 @@ class AutoController:
         if not view.batch or not self.cost.known:
             return
         seconds = self._share(record, depth)
-        load.tokens = MEMORY * load.tokens + float(record.emitted.sum())
+        emitted = float(record.emitted[: view.batch].sum())
+        load.tokens = MEMORY * load.tokens + emitted
         load.seconds = MEMORY * load.seconds + seconds
         if drafted:
-            self._watch(load, float(record.emitted.sum()), seconds, view)
+            self._watch(load, emitted, seconds, view)
 
     def _share(self, record: StepRecord, depth: int) -> float:
         """The part of a step's seconds that is not its prompt chunks'."""
@@ -197,6 +227,16 @@ class AutoController:
         }
 
 
+_NUMBERS = np.arange(4096.0)
+
+
+def _upwards(first: int, count: int) -> Floats:
+    """[count] first, first + 1, ..."""
+    if first + count <= len(_NUMBERS):
+        return _NUMBERS[first : first + count]
+    return np.arange(first, first + count, dtype=float)
+
+
 def _spread(n: int, order: Ints, count: Ints, depth: int, rows: Ints, limits: Ints) -> Ints:
     """[B] lengths of the first n slots. order: cells row * depth + position, by chance; count: slots in each."""
     ends = count[order].cumsum()
@@ -206,5 +246,5 @@ def _spread(n: int, order: Ints, count: Ints, depth: int, rows: Ints, limits: In
     rest = n - (int(ends[whole - 1]) if whole else 0)
     if rest:
         row, position = divmod(int(order[whole]), depth)
-        lengths[np.flatnonzero((rows == row) & (limits > position))[:rest]] += 1
+        lengths[((rows == row) & (limits > position)).nonzero()[0][:rest]] += 1
     return lengths

@@ -13,7 +13,7 @@ from llmtool.core.speculation.controllers import (
     TableController,
 )
 from llmtool.core.speculation.speculator import BatchProposer, Speculator
-from llmtool.core.speculation.suffix import SuffixProposer
+from llmtool.core.speculation.suffix import SuffixProposer, check_branches
 from llmtool.errors import UsageError
 
 
@@ -66,21 +66,34 @@ def model_of(proposer: str) -> tuple[str, str] | None:
     )
 
 
-def check_speculation(spec: str, proposer: str) -> None:
+def check_speculation(spec: str, proposer: str, branches: int = 1) -> None:
     """Raises UsageError where `speculator_of` would."""
     controller_of(spec)
     model_of(proposer)
+    check_branches(branches)
+    if branches > 1 and not _has_text(proposer):
+        raise UsageError(
+            f"The proposer {proposer!r} drafts one way on, not {branches}.",
+            "Take suffix or union, or 1 branch.",
+        )
 
 
-def speculator_of(spec: str, proposer: str, model: BatchProposer | None = None) -> Speculator | None:
+def speculator_of(
+    spec: str, proposer: str, model: BatchProposer | None = None, branches: int = 1
+) -> Speculator | None:
     """What a scheduler drafts with; None is off, and then nothing is made. model: the one that `model_of` names.
+    branches: ways on that a draft from text shows at most; more than 1 make trees.
 
     Raises UsageError.
     """
+    check_speculation(spec, proposer, branches)
     controller = controller_of(spec)
     if controller is None:
         return None
-    needed = model_of(proposer)
-    assert (needed is None) == (model is None), f"{proposer} and {model}"
-    text = SuffixProposer() if needed is None or proposer.startswith("union") else None
+    assert (model_of(proposer) is None) == (model is None), f"{proposer} and {model}"
+    text = SuffixProposer(branches=branches) if _has_text(proposer) else None
     return Speculator(controller, text, model)
+
+
+def _has_text(proposer: str) -> bool:
+    return proposer == "suffix" or proposer.startswith("union")

@@ -15,10 +15,14 @@ from llmtool.errors import UsageError
 
 
 class Controller(Protocol):
+    """trees: it plans branches too."""
+
     name: str
+    trees: bool
 
     def plan(self, view: StepView) -> Ints:
-        """[B] draft tokens to verify, none above its limit; for a model drafter also how deep it must draft."""
+        """[B] draft tokens to verify, none above its limit; for a model drafter also how deep it must draft. Who
+        plans trees returns [B + X]; others are given no branches."""
         ...
 
     def record(self, record: StepRecord) -> None:
@@ -40,6 +44,8 @@ class Controller(Protocol):
 
 class FixedController:
     """Always k draft tokens, where there are so many; 0 is off. Raises UsageError for other k than 0..MAX_DEPTH."""
+
+    trees = False
 
     def __init__(self, k: int) -> None:
         if not 0 <= k <= MAX_DEPTH:
@@ -70,6 +76,7 @@ class TableController:
     """
 
     name = "table"
+    trees = False
 
     def __init__(self, table: Mapping[int, int]) -> None:
         if not table:
@@ -116,6 +123,7 @@ class SmartSpecController:
     """
 
     name = "smartspec"
+    trees = False
     average = 0.9  # weight of the past in the moving average
     start = 0.7
 
@@ -143,8 +151,8 @@ class SmartSpecController:
         view = record.view
         depth = int(record.lengths.max(initial=0)) if view.modelled else 0
         self.cost.record(record.num_tokens, view.kv_tokens, depth, record.seconds)
-        right = np.minimum(record.matched, record.lengths)
-        tried = int(np.minimum(right + 1, record.lengths).sum())
+        right = np.minimum(record.matched, record.lengths)[: view.batch]
+        tried = int(np.minimum(right + 1, record.lengths[: view.batch]).sum())
         if tried:
             self.acceptance += (1.0 - self.average) * (float(right.sum()) / tried - self.acceptance)
 

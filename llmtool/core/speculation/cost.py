@@ -100,7 +100,7 @@ class LearnedStepCost:
                 out += slope * (n - knot)
         return out
 
-    def curve(self, num_tokens: Ints, kv_tokens: int, depth: int = 0) -> Floats:
+    def curve(self, num_tokens: Ints | Floats, kv_tokens: int, depth: int = 0) -> Floats:
         """[M] seconds of steps that differ in their number of tokens [M]."""
         c, n = self._c, self.padded(num_tokens)
         out = c[0] + c[2] * kv_tokens + c[3] * depth + c[1] * n
@@ -120,9 +120,9 @@ class LearnedStepCost:
 
     def record(self, num_tokens: int, kv_tokens: int, depth: int, seconds: float) -> None:
         """A step has been measured."""
-        if not (seconds > 0 and np.isfinite(seconds)):
+        if not (seconds > 0 and math.isfinite(seconds)):
             return  # nothing ran
-        n = float(self.padded(np.array([num_tokens]))[0])
+        n = float(self.padded(np.array([num_tokens]))[0]) if len(self.shapes) else float(num_tokens)
         if self._steps:
             off = abs(self.seconds(num_tokens, kv_tokens, depth) / seconds - 1.0) > OFF_BY
             self._bad = self._bad + 1 if off else 0

@@ -10,11 +10,12 @@ from typing import Protocol
 
 import numpy as np
 
-from llmtool.core.ports import SchedulerOutput, StepResult
+from llmtool.core.ports import DraftTree, SchedulerOutput, StepResult
 from llmtool.core.request import Request
 from llmtool.core.speculation.controllers import Controller
 from llmtool.core.speculation.draft import (
     MAX_DEPTH,
+    MAX_NODES,
     NOTHING,
     Draft,
     Ints,
@@ -49,6 +50,7 @@ class _Planned:
     view: StepView
     decoding: Sequence[int]  # places in out.scheduled
     drafts: list[Draft]  # whole, however much of them is verified
+    lengths: Ints  # [B + X] of drafts and branches, as planned
     seconds: float  # that a model drafter took
 
 
@@ -81,7 +83,7 @@ class Speculator:
 
     def plan(
         self, out: SchedulerOutput, decoding: Sequence[int], work: Sequence[Request], room: int
-    ) -> Sequence[Sequence[int]]:
+    ) -> Sequence[Sequence[int] | DraftTree]:
         requests = [work[i] for i in decoding]
         limits = [_limit(request) for request in requests]
         drafts = [
@@ -92,6 +94,12 @@ class Speculator:
         if self._model is not None:
             drafts, modelled = self._with_model(drafts, limits)
         own = [request.params.spec for request in requests]
+        if any(draft.branches for draft in drafts):
+            trees = not modelled and all(entry.num_tokens <= MAX_NODES for entry in out.scheduled)
+            drafts = [
+                draft if trees and k is None else replace(draft, branches=())
+                for draft, k in zip(drafts, own, strict=True)
+            ]
         free = np.array(
             [len(d.tokens) if k is None else 0 for d, k in zip(drafts, own, strict=True)], np.int64
         )
@@ -103,17 +111,70 @@ class Speculator:
             prefill_tokens=out.num_tokens - len(decoding),
             modelled=modelled,
         )
-        lengths = self.controller.plan(view)
+        if any(draft.branches for draft in drafts):
+            view = self._with_branches(view, drafts)
+        lengths = self._lengths(view)
         for i, k in enumerate(own):
             if k is not None:
                 lengths[i] = min(k, len(drafts[i].tokens))
         _cut(lengths, room)
+        if len(view.on):
+            _cut_trees(lengths, view, [_left(request) for request in requests])
         seconds = 0.0
         if modelled:
             seconds = self._run_model(requests, drafts, lengths)
             view = replace(view, limits=np.array([len(draft.tokens) for draft in drafts], np.int64))
-        self._planned[out.step_id] = _Planned(view, decoding, drafts, seconds)
-        return [draft.tokens[:k] for draft, k in zip(drafts, lengths.tolist(), strict=True)]
+        self._planned[out.step_id] = _Planned(view, decoding, drafts, lengths, seconds)
+        if not len(view.on):
+            return [draft.tokens[:k] for draft, k in zip(drafts, lengths.tolist(), strict=True)]
+        return [
+            DraftTree(*draft.flatten(part)) if any(part[1:]) else draft.tokens[: part[0]]
+            for draft, part in zip(drafts, _by_draft(drafts, lengths), strict=True)
+        ]
+
+    def _with_branches(self, view: StepView, drafts: Sequence[Draft]) -> StepView:
+        """Rows for the branches after those of the drafts. Of a source, branches count as another."""
+        size = view.batch
+        on: list[int] = []
+        rows: list[tuple[int, int, int, int]] = []
+        for i, draft in enumerate(drafts):
+            first = size + len(on)
+            for branch in draft.branches:
+                on.append(first + branch.on - 1 if branch.on else i)
+                source, limit = (
+                    self._number(f"{draft.source}, other ways"),
+                    min(len(branch.tokens), MAX_DEPTH),
+                )
+                rows.append((branch.match, limit, source, branch.at))
+        matches, limits, sources, at = np.array(rows, np.int64).T
+        return replace(
+            view,
+            matches=np.append(view.matches, matches),
+            limits=np.append(view.limits, limits),
+            sources=np.append(view.sources, sources),
+            on=np.array(on, np.int64),
+            at=at,
+        )
+
+    def _lengths(self, view: StepView) -> Ints:
+        """[B + X] as the controller plans. One that knows no trees plans the drafts, and every branch goes as far
+        from the root as its draft does: a static tree."""
+        if not len(view.on):
+            return self.controller.plan(view)
+        if self.controller.trees:
+            return self.controller.plan(view)
+        drafts = self.controller.plan(view.chains())
+        lengths = np.append(drafts, np.zeros(len(view.on), np.int64))
+        reach, roots = (
+            drafts.tolist(),
+            [0] * view.batch,
+        )  # how far a row goes from the root, and where it begins
+        for i, (on, at) in enumerate(zip(view.on.tolist(), view.at.tolist(), strict=True), view.batch):
+            roots.append(roots[on] + at)
+            reach.append(reach[on])
+            if at <= lengths[on]:
+                lengths[i] = max(0, min(int(view.limits[i]), reach[i] - roots[i]))
+        return lengths
 
     def _propose(self, request: Request, limit: int) -> Draft:
         proposer = self._proposer
@@ -164,18 +225,31 @@ class Speculator:
         planned = self._planned.pop(out.step_id, None)
         if planned is None:
             return
-        size = len(planned.decoding)
-        lengths, emitted, matched = (np.zeros(size, np.int64) for _ in range(3))
+        view, size = planned.view, len(planned.decoding)
+        lengths, emitted, matched = (np.zeros(len(view.limits), np.int64) for _ in range(3))
+        row = size  # of the next branch
         for i, (place, draft) in enumerate(zip(planned.decoding, planned.drafts, strict=True)):
             tokens = result.tokens[place]
-            lengths[i] = len(out.scheduled[place].draft)
+            left = len(out.scheduled[place].draft)  # of the planned ones, as far as pages went
+            lengths[i] = min(left, int(planned.lengths[i]))
+            left -= int(lengths[i])
             emitted[i] = len(tokens)
             matched[i] = leading_matches(draft.tokens, tokens)
+            for branch in draft.branches:
+                lengths[row] = min(left, int(planned.lengths[row]))
+                left -= int(lengths[row])
+                path = draft.path(branch.on, branch.at)
+                if tokens[: len(path)] == path:
+                    emitted[row] = len(tokens) - len(path)
+                    matched[row] = leading_matches(branch.tokens, tokens[len(path) :])
+                row += 1
         record = StepRecord(planned.view, lengths, emitted, matched, result.seconds + planned.seconds)
         self.controller.record(record)
-        drafted = lengths > 0
+        drafted = lengths[:size] > 0
         if drafted.any():
-            right = np.minimum(matched, lengths)
+            # In a tree, the tokens that were right lie on one path, whichever branches it takes.
+            right = np.maximum(emitted[:size] - 1, 0) if len(view.on) else np.minimum(matched, lengths)
+            right = np.where(drafted, right, 0)
             counters = self._counters
             counters.drafts += int(drafted.sum())
             counters.draft_tokens += int(lengths.sum())
@@ -206,10 +280,37 @@ class Speculator:
 def _limit(request: Request) -> int:
     """Draft tokens that can be of use: with one more token than drafts the sequence is at its end."""
     own = MAX_DEPTH if request.params.spec is None else request.params.spec
-    return min(own, request.max_tokens - request.num_output_tokens - 1)
+    return min(own, _left(request))
+
+
+def _left(request: Request) -> int:
+    """Tokens until the one before its last."""
+    return request.max_tokens - request.num_output_tokens - 1
 
 
 def _cut(lengths: Ints, room: int) -> None:
     """Shorten the longest until at most `room` tokens are left."""
     while int(lengths.sum()) > max(room, 0):
         lengths[int(lengths.argmax())] -= 1
+
+
+def _cut_trees(lengths: Ints, view: StepView, limits: Sequence[int]) -> None:
+    """Leave out branches that leave no token, and of each tree what is more than MAX_NODES or than its limit, [B]:
+    it must not be longer than what its sequence may still become."""
+    owners = list(range(view.batch))
+    left = [min(limit, MAX_NODES) - int(k) for limit, k in zip(limits, lengths[: view.batch], strict=True)]
+    for i, (on, at) in enumerate(zip(view.on.tolist(), view.at.tolist(), strict=True), view.batch):
+        owner = owners[on]
+        owners.append(owner)
+        lengths[i] = min(int(lengths[i]), left[owner]) if at <= lengths[on] else 0
+        left[owner] -= int(lengths[i])
+
+
+def _by_draft(drafts: Sequence[Draft], lengths: Ints) -> list[list[int]]:
+    """Of each draft its length and those of its branches."""
+    rows, at = lengths.tolist(), len(drafts)
+    parts = []
+    for length, draft in zip(rows, drafts, strict=False):
+        parts.append([length, *rows[at : at + len(draft.branches)]])
+        at += len(draft.branches)
+    return parts

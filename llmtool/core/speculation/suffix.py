@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 
-from llmtool.core.speculation.draft import NOTHING, Draft
+from llmtool.core.speculation.draft import MAX_BRANCHES, NOTHING, Branch, Draft
 from llmtool.errors import UsageError
 
 MIN_MATCH = 2
@@ -60,6 +60,18 @@ class _History:
             at = earlier[at]
         return best, found
 
+    def matches(self, tail: list[int], at: int) -> list[tuple[int, int]]:
+        """(match length, index after the match) of the most recent places that match the end of `tail`."""
+        tokens, earlier, end = self.tokens, self.earlier, len(tail)
+        found: list[tuple[int, int]] = []
+        while at >= 0 and len(found) < CANDIDATES:
+            length, most = MIN_MATCH, min(at + 1, end, MAX_MATCH)
+            while length < most and tokens[at - length] == tail[end - 1 - length]:
+                length += 1
+            found.append((length, at + 1))
+            at = earlier[at]
+        return found
+
 
 class _Corpus:
     """Finished sequences of one salt in two generations: a full one replaces the one before it."""
@@ -90,18 +102,20 @@ class _Live:
 class SuffixProposer:
     """corpus_tokens: finished sequences kept, over all salts, in tokens (some 150 bytes each); 0: each sequence
     sees itself only. When it is full, the salt that was longest without a new sequence loses its oldest half.
+    branches: ways on that one draft shows at most, 1 being a chain; the others are those of further matches.
 
-    Raises UsageError if corpus_tokens is negative.
+    Raises UsageError if corpus_tokens is negative, or branches out of range.
     """
 
     name = "suffix"
 
-    def __init__(self, corpus_tokens: int = 1 << 18) -> None:
+    def __init__(self, corpus_tokens: int = 1 << 18, branches: int = 1) -> None:
+        check_branches(branches)
         if corpus_tokens < 0:
             raise UsageError(
                 f"A corpus cannot hold {corpus_tokens} tokens.", "Give 0 to keep none, or a positive number."
             )
-        self.corpus_tokens = corpus_tokens
+        self.corpus_tokens, self.branches = corpus_tokens, branches
         self._live: dict[str, _Live] = {}
         self._corpora: OrderedDict[str, _Corpus] = OrderedDict()  # by salt, least recently added to first
         self._held = 0
@@ -137,7 +151,31 @@ class SuffixProposer:
                 tokens = (tokens + period)[:limit]
         elif BOUNDARY in tokens:
             tokens = tokens[: tokens.index(BOUNDARY)]
-        return Draft(tokens, self.name, min(live.length, MAX_MATCH)) if tokens else NOTHING
+        if not tokens:
+            return NOTHING
+        others = self._branches(live, tokens, limit) if self.branches > 1 else ()
+        return Draft(tokens, self.name, min(live.length, MAX_MATCH), others)
+
+    def _branches(self, live: _Live, tokens: list[int], limit: int) -> list[Branch]:
+        """Where other matches go on otherwise than `tokens`, longer ones first, and own ones among equals."""
+        own, tail = live.history, live.history.tokens
+        key = tail[-2] << 32 | tail[-1]
+        found = [(length, own, end) for length, end in own.matches(tail, own.earlier[-1])]
+        corpus = self._corpora.get(live.salt)
+        for other in (corpus.young, corpus.old) if corpus is not None else ():
+            found += [(length, other, end) for length, end in other.matches(tail, other.latest.get(key, -1))]
+        found.sort(key=lambda match: -match[0])
+        branches: list[Branch] = []
+        for length, history, end in found:
+            way = history.tokens[end : end + limit]
+            if BOUNDARY in way:
+                way = way[: way.index(BOUNDARY)]
+            branch = _diverging(tokens, branches, way, length)
+            if branch is not None:
+                branches.append(branch)
+                if len(branches) == self.branches - 1:
+                    break
+        return branches
 
     def finish(self, seq: str) -> None:
         live = self._live.pop(seq, None)
@@ -185,3 +223,31 @@ class SuffixProposer:
             best, end = other.longest(tail, other.latest.get(key, -1), best)
             if end >= 0:
                 live.source, live.length, live.end = other, best, end
+
+
+def check_branches(branches: int) -> None:
+    """Raises UsageError unless a draft may have so many."""
+    if not 1 <= branches <= MAX_BRANCHES:
+        raise UsageError(
+            f"A draft cannot have {branches} branches.",
+            f"Give 1 for a chain, or up to {MAX_BRANCHES} for a tree.",
+        )
+
+
+def _diverging(
+    tokens: Sequence[int], branches: Sequence[Branch], way: Sequence[int], match: int
+) -> Branch | None:
+    """The branch by which the tree of `tokens` and `branches` also shows `way`; None if it does."""
+    on, at, ahead = 0, 0, tokens
+    for i, token in enumerate(way):
+        if at < len(ahead) and ahead[at] == token:
+            at += 1
+            continue
+        places = (
+            (n, b) for n, b in enumerate(branches, 1) if (b.on, b.at) == (on, at) and b.tokens[0] == token
+        )
+        turn = next(places, None)
+        if turn is None:
+            return Branch(way[i:], match, on, at)
+        on, at, ahead = turn[0], 1, turn[1].tokens
+    return None

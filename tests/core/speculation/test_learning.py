@@ -35,19 +35,19 @@ def test_a_draft_that_was_right_throughout_is_censored_not_failed() -> None:
     row = int(table.rows(np.array([0]), np.array([5]))[0])
     survival = table.survival()[row]
     assert survival[2] > 0.93
-    assert table._tries[row, 3:].sum() == 0, "nothing is known past what was seen"
+    assert table._counts[0][row, 3:].sum() == 0, "nothing is known past what was seen"
 
 
 def test_drafts_are_scored_without_being_verified_and_one_past_it() -> None:
     table = AcceptanceTable()
     table.record(record(5, k=0, right=8))
     row = int(table.rows(np.array([0]), np.array([5]))[0])
-    assert table._tries[row].tolist() == [1, *[0] * (MAX_DEPTH - 1)] and table._hits[row, 0] == 1
+    assert table._counts[0][row].tolist() == [1, *[0] * (MAX_DEPTH - 1)] and table._counts[1][row, 0] == 1
     table = AcceptanceTable()
     table.record(record(5, k=2, right=2))
     row = int(table.rows(np.array([0]), np.array([5]))[0])
-    assert table._tries[row, :4].tolist() == [1, 1, 1, 0], "the bonus token differs from the third"
-    assert table._hits[row, :4].tolist() == [1, 1, 0, 0]
+    assert table._counts[0][row, :4].tolist() == [1, 1, 1, 0], "the bonus token differs from the third"
+    assert table._counts[1][row, :4].tolist() == [1, 1, 0, 0]
 
 
 @pytest.mark.parametrize("copies", [1, 7])
@@ -84,9 +84,9 @@ def test_many_at_once_say_the_same_as_one_by_one() -> None:
         one.record(record(5, k=2, right=1))
     many.record(record(5, k=2, right=1, copies=50))
     row = int(one.rows(np.array([0]), np.array([5]))[0])
-    ratio = one._hits[row, :2] / one._tries[row, :2]
-    assert ratio == pytest.approx(many._hits[row, :2] / many._tries[row, :2])
-    assert many._tries[row, 0] == 50, "one step's observations do not decay one another"
+    ratio = one._counts[1][row, :2] / one._counts[0][row, :2]
+    assert ratio == pytest.approx(many._counts[1][row, :2] / many._counts[0][row, :2])
+    assert many._counts[0][row, 0] == 50, "one step's observations do not decay one another"
 
 
 def test_a_broken_table_is_refused() -> None:
