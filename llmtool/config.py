@@ -186,8 +186,8 @@ class EngineConfig:
             )
         if self.spec_branches > 1 and self.ranks > 1:
             raise UsageError(
-                f"spec_branches {self.spec_branches} moves KV after a step, and an engine of {self.ranks} processes "
-                "does not.",
+                f"spec_branches {self.spec_branches} moves KV after a step, which an engine of {self.ranks} "
+                "processes does not.",
                 "Leave out --spec-branches.",
             )
         if self.engines > 1 and self.master_port:
