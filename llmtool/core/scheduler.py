@@ -446,11 +446,11 @@ class Scheduler:
         """Returns how many of `tokens` there is room for. Nobody is preempted for a draft."""
         known = entry.start + 1
         count = len(tokens)
-        while count and not self.allocator.can_extend(request.id, known + count):
+        while count and not self.allocator.can_extend(request.id, known + count, drafts=True):
             count -= 1
         if not count:
             return 0
-        grown = self.allocator.extend(request.id, known + count)
+        grown = self.allocator.extend(request.id, known + count, drafts=True)
         if grown is not None:
             out.copies.extend(grown.copies)
             self._roster.stats.copied_pages += len(grown.copies)

@@ -64,6 +64,23 @@ def test_chunked_layers_start_anew_at_a_chunk() -> None:
     assert live(a, "x")["chunked"] == [4], "token 16 begins a chunk"
 
 
+@pytest.mark.parametrize(("kind", "page"), [("chunked", 3), ("sliding_window", 1)])
+def test_drafts_of_a_step_leave_what_its_own_token_reads(kind: str, page: int) -> None:
+    """`advance` was told of a token whose step is not submitted before its drafts have pages."""
+    a = make("full+chunked" if kind == "chunked" else "full+window", PLENTY)
+    tokens = list(range(15))
+    run(a, "x", tokens)
+    decode(a, "x", tokens, 1)  # token 15, the last of its chunk; it reads token 7
+    assert a.can_extend("x", 20, drafts=True)
+    a.extend("x", 20, drafts=True)
+    assert page in live(a, "x")[kind]
+    a.truncate("x", 16)
+    tokens.append(7)
+    a.extend("x", 17)
+    assert page not in live(a, "x")[kind]
+    a.check()
+
+
 def test_one_page_of_state_however_long() -> None:
     a = make("full+state", PLENTY, checkpoint_every=1 << 20, renew_every=1 << 20)
     tokens = list(range(3))

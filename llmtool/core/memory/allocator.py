@@ -122,11 +122,12 @@ class KVAllocator(Protocol):
         share, such as ends of chat messages."""
         ...
 
-    def extend(self, seq: str, target: int) -> Extension | None:
-        """Make the sequence `target` tokens long; the new positions are safe to write. None: nothing changed."""
+    def extend(self, seq: str, target: int, *, drafts: bool = False) -> Extension | None:
+        """Make the sequence `target` tokens long; the new positions are safe to write. None: nothing changed.
+        drafts: more of the step that `advance` was told of last, which so is not submitted yet."""
         ...
 
-    def can_extend(self, seq: str, target: int) -> bool:
+    def can_extend(self, seq: str, target: int, *, drafts: bool = False) -> bool:
         """Would `extend` succeed now?"""
         ...
 

@@ -115,13 +115,13 @@ class ContiguousAllocator:
             raise OutOfPages(size, 0, "contiguous")
         self._chunks[seq] = _Chunk(self._buddy.take(size), size, length)
 
-    def extend(self, seq: str, target: int) -> Extension | None:
+    def extend(self, seq: str, target: int, *, drafts: bool = False) -> Extension | None:
         chunk = self._chunks[seq]
         assert target <= chunk.reserved, "a reservation is for the whole sequence"
         chunk.length = max(chunk.length, target)
         return None
 
-    def can_extend(self, seq: str, target: int) -> bool:
+    def can_extend(self, seq: str, target: int, *, drafts: bool = False) -> bool:
         return True
 
     def advance(self, seq: str, num_tokens: int) -> None:

@@ -230,20 +230,22 @@ class TwoLevelAllocator:
 
     # -- growing -------------------------------------------------------------------------------------------
 
-    def extend(self, seq: str, target: int) -> Extension | None:
+    def extend(self, seq: str, target: int, *, drafts: bool = False) -> Extension | None:
         state = self._seqs[seq]
         if target <= state.room:
             if target > state.length:
                 state.length = target
             return None
-        release.settle(self, state)
+        if not drafts:  # what the step's own tokens read stays
+            release.settle(self, state)
         return self._extend(seq, state, target)
 
-    def can_extend(self, seq: str, target: int) -> bool:
+    def can_extend(self, seq: str, target: int, *, drafts: bool = False) -> bool:
         state = self._seqs[seq]
         if target <= state.room:
             return True
-        release.settle(self, state)
+        if not drafts:
+            release.settle(self, state)
         return self.arena.fits(self._grower.plan(state, target, optional=False).wants)
 
     def _extend(self, seq: str, state: SequencePages, target: int) -> Extension | None:

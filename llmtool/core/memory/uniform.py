@@ -128,7 +128,7 @@ class UniformAllocator:
             state.hashes.append(parent)
         return hits
 
-    def extend(self, seq: str, target: int) -> Extension | None:
+    def extend(self, seq: str, target: int, *, drafts: bool = False) -> Extension | None:
         state = self._seqs[seq]
         new = -(-target // self._tokens_per_page) - len(state.pages)
         if new <= 0 and not state.cow:
@@ -137,7 +137,7 @@ class UniformAllocator:
             return None
         return self._extend(state, target)
 
-    def can_extend(self, seq: str, target: int) -> bool:
+    def can_extend(self, seq: str, target: int, *, drafts: bool = False) -> bool:
         state = self._seqs[seq]
         return self._demand(state, target)[0] <= self.available() + len(self._spare(state))
 
