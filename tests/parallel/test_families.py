@@ -275,9 +275,9 @@ def test_a_rank_reads_its_part_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 def test_kv_of_a_group_of_heads(tiny: Tiny) -> None:
     """What a rank caches is what it holds of the heads."""
     whole = ModelSpec.from_dir(tiny("llama")[1])
-    pages = [
-        uniform_group(shard_of(whole, Mesh(tp=tp), 0).spec.layer_cache_specs(4), 4).page_bytes
+    token_bytes = [
+        uniform_group(shard_of(whole, Mesh(tp=tp), 0).spec.layer_cache_specs(4), 4).bytes_per_token
         for tp in (1, 2)
     ]
-    assert pages[0] == 2 * pages[1]
+    assert token_bytes[0] == 2 * token_bytes[1]
     assert load(tiny("llama")[1], torch.float32).spec == whole
