@@ -147,7 +147,11 @@ def assemble(
 ) -> StageDecoder:
     """The fastest decoder there is for loaded weights, which it takes over. part: what of a model they are."""
     dtype, device = weights.dtype, weights.norm.device
-    native = kernels() if supports(dtype, device) and can_run(spec, dtype) else None
+    native = (
+        kernels()
+        if supports(dtype, device) and can_run(spec if part is None else part.shard.whole, dtype)
+        else None
+    )
     bits = None if quantization is None else QUANTIZATIONS[quantization]
     # A tied embedding is rounded with the head, also where a stage has no head beside it.
     apart = part is not None and part.shard.whole.tied_embeddings and not spec.tied_embeddings

@@ -84,8 +84,10 @@ def serve(host: str, rank: int, tiny: TinyModel, log: Path) -> subprocess.Popen[
         str(tiny.directory),
         *flags,
     ]
+    # Groups that other tests made in this process have left their interface there.
+    environment = {k: v for k, v in os.environ.items() if k != "GLOO_SOCKET_IFNAME"}
     with log.open("wb") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file)
+        return subprocess.Popen(command, stdout=file, stderr=file, env=environment)
 
 
 def ask(host: str, prompt: list[int], count: int) -> list[int]:
