@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def children(pid: int) -> list[int]:
     tasks = Path(f"/proc/{pid}/task")
     found = []
     for task in tasks.iterdir() if tasks.is_dir() else []:
-        found += [int(child) for child in (task / "children").read_text().split()]
+        with suppress(OSError):  # a thread that has just ended
+            found += [int(child) for child in (task / "children").read_text().split()]
     return [child for child in found if b"parallel.worker" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 

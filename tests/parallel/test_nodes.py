@@ -70,7 +70,7 @@ def serve(host: str, rank: int, tiny: TinyModel, log: Path) -> subprocess.Popen[
     flags = (
         f"--nnodes 2 --node-rank {rank} --master-addr {ADDRESSES[0]} --master-port {PORT} -tp 2 --dtype float32 "
         f"--max-num-seqs 4 --block-size 4 --num-threads 1 --kv-cache-memory 1MiB --port {HTTP} "
-        f"--distributed-timeout-seconds 30"
+        f"--distributed-timeout-seconds 30 --served-model-name m"
     ).split()
     command = [
         "ip",

@@ -39,7 +39,7 @@ from llmtool.runtime.device import (
 )
 from llmtool.runtime.kv_store import KVStore
 from llmtool.runtime.parallel.links import Links
-from llmtool.runtime.parallel.rendezvous import Health, choose_interface, wait_for
+from llmtool.runtime.parallel.rendezvous import Health, interface, wait_for
 
 
 @dataclass(slots=True)
@@ -128,16 +128,16 @@ def prepare(
     if threads is None and device.type == "cpu":
         threads = max(1, set_threads(None) // mesh.per_node)
     num_threads = set_threads(threads)
-    choose_interface(config)
     limit = timedelta(seconds=config.distributed_timeout_seconds)
-    dist.init_process_group(
-        "gloo",
-        store=dist.PrefixStore("group", store),
-        rank=rank,
-        world_size=mesh.world,
-        timeout=limit,
-    )
-    links = Links(mesh, place, device, config.distributed_timeout_seconds, store)
+    with interface(config):
+        dist.init_process_group(
+            "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=mesh.world,
+            timeout=limit,
+        )
+        links = Links(mesh, place, device, config.distributed_timeout_seconds, store)
     part = Part(shard, links.peers)
     model = load_part(
         directory,

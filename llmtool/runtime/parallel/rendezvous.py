@@ -9,8 +9,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any
@@ -25,6 +25,7 @@ from llmtool.version import __version__
 
 POLL = 0.02  # seconds between looks at the store
 _SIOCGIFADDR = 0x8915
+_IFNAME = "GLOO_SOCKET_IFNAME"
 # Settings that nodes may have of their own.
 _OWN = {
     "node_rank",
@@ -163,10 +164,23 @@ def load_error(text: bytes | str) -> LLMToolError:
     return error
 
 
-def choose_interface(config: EngineConfig) -> None:
-    """Have gloo listen where the other nodes reach this one: at the address that its way to node 0 starts from."""
-    if "GLOO_SOCKET_IFNAME" in os.environ:
+@contextmanager
+def interface(config: EngineConfig) -> Iterator[None]:
+    """In the block, gloo listens where the other nodes reach this one: at the address that its way to node 0 starts
+    from. Afterwards the environment is as it was: processes started later choose for themselves."""
+    name = None if _IFNAME in os.environ else _interface(config)
+    if name is None:
+        yield
         return
+    os.environ[_IFNAME] = name
+    try:
+        yield
+    finally:
+        os.environ.pop(_IFNAME, None)
+
+
+def _interface(config: EngineConfig) -> str | None:
+    """Its name; None where no interface has the address."""
     address = config.master_addr
     with suppress(OSError):
         if config.node_rank:
@@ -179,8 +193,8 @@ def choose_interface(config: EngineConfig) -> None:
                 request = struct.pack("256s", name.encode()[:15])
                 found = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24]
                 if socket.inet_ntoa(found) == address:
-                    os.environ["GLOO_SOCKET_IFNAME"] = name
-                    return
+                    return name
+    return None
 
 
 def _limit(config: EngineConfig) -> timedelta:
